@@ -1,0 +1,48 @@
+"""Network addresses as people write them, made equal for every library that reads them.
+
+L0: used by the flag parser and by the clients. `127.0.01` is a legal short form for `inet_aton` and
+`getaddrinfo` but not for `inet_pton`, the `ipaddress` module or most HTTP libraries, so addresses are
+normalised once, here.
+"""
+
+import ipaddress
+import re
+import socket
+
+_NUMERIC = re.compile(r"[0-9.]+")
+# Underscores are no legal host names, but container networks are full of them.
+_LABEL = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)")
+
+
+def normalize_host(host: str) -> str:
+    """Return the dotted quad that a short numeric form stands for; any other text unchanged.
+
+    `127.0.01` -> `127.0.0.1`; a leading zero means octal, as for `inet_aton`.
+    """
+    if not _NUMERIC.fullmatch(host):
+        return host
+    try:
+        return socket.inet_ntoa(socket.inet_aton(host))
+    except OSError:
+        return host
+
+
+def is_address(host: str) -> bool:
+    """Whether a normalised text is an IPv4 or IPv6 literal or could be a host name (nothing is looked up)."""
+    if ":" in host or _NUMERIC.fullmatch(host):
+        try:
+            ipaddress.ip_address(host)
+        except ValueError:
+            return False
+        return True
+    return len(host) <= 253 and all(_LABEL.fullmatch(label) for label in host.removesuffix(".").split("."))
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only programs on the same machine can reach a server bound to this address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

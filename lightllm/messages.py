@@ -1,0 +1,387 @@
+"""Every type that crosses a process border, and the codec.
+
+Frozen msgspec structs, encoded as msgpack; unknown types or fields are refused, nothing that can run code is
+ever parsed. Mutable state (scheduler requests, tensors) never appears here. Times that cross a border are
+Unix seconds, because monotonic clocks of two processes or hosts do not compare.
+
+    frontend  --ToEngine-->    engine  --ScheduledBatch--> worker
+    frontend  <--FromEngine--  engine  <--StepOutput-----  worker
+    supervisor --ToChild--> frontend, engine;   supervisor <--FromChild-- frontend, engine
+"""
+
+from typing import Any
+
+import msgspec
+
+from lightllm.sampling_params import SamplingParams
+
+PROTOCOL_VERSION = 1
+
+FINISH_REASONS = ("stop", "length", "abort", "error")
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
+    """Base of all top-level messages: tagged with the class name on the wire."""
+
+
+class Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of types that only occur inside messages."""
+
+
+# ---------------------------------------------------------------- frontend <-> engine
+
+
+class Grammar(Part):
+    """A constraint on the output: `kind` is json_schema, regex or grammar, `text` its source."""
+
+    kind: str
+    text: str
+
+
+class KVTarget(Part):
+    """Where a prefill node ships the KV of a request."""
+
+    node_id: str
+    epoch: int
+    address: str
+    ticket: str
+    num_cached_tokens: int = 0
+
+
+class KVSource(Part):
+    """From where a decode node receives the KV of a request."""
+
+    node_id: str
+    epoch: int
+    address: str
+    ticket: str
+    num_tokens: int
+
+
+class EngineRequest(Message):
+    """One sample to generate.
+
+    `output_token_ids` is not empty when a request goes on elsewhere after a failover: the engine continues
+    behind them, at the same noise positions. `after_request_id` names the sibling (n > 1) whose prompt is
+    shared; this request is admitted once that prompt is computed. `deadline_s` is a Unix time.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling_params: SamplingParams
+    output_token_ids: list[int] = []
+    sample_index: int = 0
+    after_request_id: str | None = None
+    priority: int = 0
+    arrival_s: float = 0.0
+    deadline_s: float | None = None
+    grammar: Grammar | None = None
+    send_kv_to: KVTarget | None = None
+    recv_kv_from: KVSource | None = None
+
+
+class AbortRequest(Message):
+    """Stop a request; its slots are freed before the next step. An unknown id is not an error.
+
+    `reason` becomes the finish_reason of the final output: "stop" when the frontend matched a stop string,
+    "abort" when an operator cancelled it or the client has left.
+    """
+
+    request_id: str
+    reason: str = "abort"
+
+
+class AbortAll(Message):
+    """Sent by a frontend when it starts: whatever the engine still holds belongs to nobody any more."""
+
+
+class Ping(Message):
+    """Ask for a `Pong` between two steps; never runs a model step."""
+
+    nonce: int
+
+
+class TokenLogprobs(Part, array_like=True):
+    """Log-probabilities at one position: of the token itself and of the most likely alternatives."""
+
+    logprob: float
+    top_ids: list[int] = []
+    top_logprobs: list[float] = []
+
+
+class RequestFailure(Part):
+    """Why a request ended in an error: a code of `errors.ERROR_CODES` and a sentence for the client."""
+
+    code: str
+    message: str
+
+
+class RequestOutput(Part, omit_defaults=True):
+    """What one step brought for one request. With a `finish_reason` it is the request's last output.
+
+    `logprobs` is aligned with `new_token_ids`. `prompt_logprobs` comes once, with the first token, one entry
+    per prompt token (None for the first). `num_cached_tokens` is meaningful from the first token on.
+    """
+
+    request_id: str
+    new_token_ids: list[int] = []
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    finish_reason: str | None = None
+    error: RequestFailure | None = None
+    num_cached_tokens: int = 0
+
+
+class EngineStats(Part):
+    """State of the engine after a step. Counters grow from process start; step_* describe the last step."""
+
+    requests_running: int = 0
+    requests_waiting: int = 0
+    kv_used_tokens: int = 0
+    kv_cached_tokens: int = 0
+    kv_total_tokens: int = 0
+    kv_committed_tokens: int = 0
+    preemptions_total: int = 0
+    prompt_tokens_total: int = 0
+    cached_tokens_total: int = 0
+    generated_tokens_total: int = 0
+    steps_total: int = 0
+    step_duration_s: float = 0.0
+    step_batch_size: int = 0
+    step_num_tokens: int = 0
+    step_phase: str = "idle"
+
+
+class EngineOutput(Message):
+    """All outputs of a step, in one message."""
+
+    outputs: list[RequestOutput]
+    stats: EngineStats
+
+
+class Pong(Message):
+    """Answer to `Ping`."""
+
+    nonce: int
+    stats: EngineStats
+
+
+# ---------------------------------------------------------------- engine <-> worker
+
+
+class NewRequest(Part):
+    """A request that enters (or, after preemption, re-enters) a row of the worker's tables.
+
+    `token_ids` are all tokens known so far, of which the first `num_prompt_tokens` are the prompt. `seed` is
+    final: the engine draws one for requests that came without.
+    """
+
+    request_id: str
+    row: int
+    token_ids: list[int]
+    num_prompt_tokens: int
+    sampling_params: SamplingParams
+    eos_token_ids: list[int]
+    seed: int
+    sample_index: int = 0
+
+
+class KVTransferOrder(Part):
+    """Ship, or expect, the KV of tokens [start, stop) of a row."""
+
+    request_id: str
+    row: int
+    start: int
+    stop: int
+    target: KVTarget | None = None
+    source: KVSource | None = None
+
+
+class ScheduledBatch(Message):
+    """One step, as columns: entry i of the column lists belongs to the i-th scheduled request.
+
+    new_requests        rows to (re)initialise before anything else
+    freed_rows          rows whose request has gone since the last batch
+    rows                row of the request in the worker's tables
+    starts              first position computed in this step (= num_computed_tokens before it)
+    num_new_tokens      how many positions are computed
+    is_sampling         whether the step samples a token behind the last of them
+    slot_starts         first position whose slot is (re)written in slot_table
+    slot_counts         how many slots follow for this request in `slots`, flat
+    grammar_masks       row -> packed bit mask over the vocabulary, little endian
+    """
+
+    step_id: int
+    new_requests: list[NewRequest] = []
+    freed_rows: list[int] = []
+    rows: list[int] = []
+    starts: list[int] = []
+    num_new_tokens: list[int] = []
+    is_sampling: list[bool] = []
+    slot_starts: list[int] = []
+    slot_counts: list[int] = []
+    slots: list[int] = []
+    grammar_masks: dict[int, bytes] = {}
+    kv_sends: list[KVTransferOrder] = []
+    kv_recvs: list[KVTransferOrder] = []
+
+
+class KVFailure(Part):
+    """A transfer that did not arrive."""
+
+    request_id: str
+    reason: str
+
+
+class StepOutput(Message):
+    """Result of a step, aligned with the columns of its batch.
+
+    `token_ids[i]` is empty where the batch did not sample, has one token normally and several with
+    speculation. `logprobs` and `prompt_logprobs` hold only rows that asked for them, by index into the batch;
+    `prompt_logprobs[i]` entry j is about the prompt token at position starts[i] + 1 + j, which the positions
+    computed in this step predict; tokens behind the prompt are left out.
+    """
+
+    step_id: int
+    token_ids: list[list[int]]
+    logprobs: dict[int, list[TokenLogprobs]] = {}
+    prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
+    duration_s: float = 0.0
+    kv_sent: list[str] = []
+    kv_received: list[str] = []
+    kv_failed: list[KVFailure] = []
+
+
+# ---------------------------------------------------------------- supervisor <-> its children
+
+
+class EngineInfo(Part):
+    """What the rest of the node needs to know of a ready engine."""
+
+    device: str
+    dtype: str
+    kv_total_tokens: int
+    max_req_total_len: int
+    vocab_size: int
+    load_s: float
+    attention_backend: str
+
+
+class ChildConfig(Message):
+    """First frame on a child's stdin: its configuration (JSON of the config struct) and its addresses."""
+
+    config: bytes
+    address: str = ""
+    reply_address: str = ""
+    listen_fds: list[int] = []
+    epoch: int = 0
+
+
+class EngineUp(Message):
+    """The engine of this epoch is ready at `address`; its outputs arrive at `reply_address`."""
+
+    epoch: int
+    address: str
+    reply_address: str
+    info: EngineInfo
+
+
+class EngineDown(Message):
+    """The engine died. Everything it held must end in an error now."""
+
+    epoch: int
+    reason: str
+    is_restarting: bool
+
+
+class Drain(Message):
+    """Take nothing new; finish what runs within `timeout_s`, then exit 0."""
+
+    timeout_s: float
+
+
+class ChildProgress(Message):
+    """How far a child has come; `done`/`total` in units of the stage (bytes, tensors)."""
+
+    stage: str
+    done: int = 0
+    total: int = 0
+
+
+class ChildReady(Message):
+    """The child serves. `info` comes from the engine only."""
+
+    info: EngineInfo | None = None
+
+
+class ChildFailed(Message):
+    """The child's first error, as one readable line, and the exit code it asks the parent to use."""
+
+    message: str
+    exit_code: int = 1
+
+
+# ---------------------------------------------------------------- cluster
+
+
+class NodeLoad(Part):
+    """Load of a node, as reported in heartbeats."""
+
+    requests_running: int = 0
+    requests_waiting: int = 0
+    queued_prompt_tokens: int = 0
+    kv_free_tokens: int = 0
+
+
+class KVLayout(Part):
+    """The record in which nodes of one model must agree before KV may move between them."""
+
+    model_hash: str
+    tokenizer_hash: str
+    vocab_size: int
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: str
+    kv_dtype: str
+    tp_size: int
+    quantization: str = "none"
+
+
+class NodeRecord(Part):
+    """A node as pd_master and config_server know it."""
+
+    node_id: str
+    epoch: int
+    role: str
+    address: str
+    load: NodeLoad
+    layout: KVLayout | None = None
+    protocol_version: int = PROTOCOL_VERSION
+
+
+ToEngine = EngineRequest | AbortRequest | AbortAll | Ping
+FromEngine = EngineOutput | Pong
+ToChild = ChildConfig | EngineUp | EngineDown | Drain
+FromChild = ChildProgress | ChildReady | ChildFailed
+
+_ENCODER = msgspec.msgpack.Encoder()
+
+
+def encode(message: msgspec.Struct) -> bytes:
+    """Encode one message as msgpack."""
+    return _ENCODER.encode(message)
+
+
+def decode(data: bytes | memoryview, kind: Any) -> Any:
+    """Decode one message of the given type or union (a type checker cannot name the latter's value).
+
+    Raises:
+        msgspec.ValidationError: the bytes are not exactly such a message.
+    """
+    return msgspec.msgpack.decode(data, type=kind)
+
+
+def decoder(kind: Any) -> msgspec.msgpack.Decoder[Any]:
+    """A reusable decoder for hot paths."""
+    return msgspec.msgpack.Decoder(kind)

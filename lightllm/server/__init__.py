@@ -1,0 +1,1 @@
+"""The top floor: from a command line to running processes. Imports everything below, lazily."""

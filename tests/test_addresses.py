@@ -1,0 +1,38 @@
+"""Addresses as people write them."""
+
+import pytest
+
+from lightllm.addresses import is_address, is_loopback, normalize_host
+
+
+@pytest.mark.parametrize(
+    ("host", "normal"),
+    [
+        ("127.0.01", "127.0.0.1"),
+        ("127.1", "127.0.0.1"),
+        ("010.0.0.1", "8.0.0.1"),
+        ("127.0.0.1", "127.0.0.1"),
+        ("300.1.1.1", "300.1.1.1"),
+        ("1.2.3.4.5", "1.2.3.4.5"),
+        ("localhost", "localhost"),
+        ("::1", "::1"),
+        ("", ""),
+    ],
+)
+def test_normalize_host(host, normal):
+    assert normalize_host(host) == normal
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost", "a-b.example.org.", "master_addr", "node1"])
+def test_addresses(host):
+    assert is_address(host)
+
+
+@pytest.mark.parametrize("host", ["", ".", "300.1.1.1", "a b", "a/b", "-a", "::g", "a" * 64, "h:80", "<host>"])
+def test_no_addresses(host):
+    assert not is_address(host)
+
+
+def test_loopback():
+    assert all(is_loopback(host) for host in ("127.0.0.1", "127.9.9.9", "::1", "localhost"))
+    assert not any(is_loopback(host) for host in ("0.0.0.0", "::", "10.0.0.1", "example.org"))
