@@ -1,0 +1,4 @@
+"""Between HTTP and the engine: tokenizing, generations, detokenizing.
+
+Runs in the frontend process; never imports torch.
+"""

@@ -1,0 +1,61 @@
+"""What every weight source offers, and the packed form in which quantised tensors travel.
+
+A source knows names, shapes and bytes; it does not know models, devices or fusion (models/ decide those).
+Runs in the process that holds the model (worker, or engine with tp 1); imports torch.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from lightllm.weights import dequant
+
+
+@dataclass(frozen=True, slots=True)
+class PackedTensor:
+    """A two-dimensional quantised tensor exactly as its file stores it.
+
+    Blocks never cross a row, so rows may be sliced or permuted without unpacking.
+
+    Attributes:
+        type: GGUF name of the packing, a key of `dequant.UNPACKERS` ("Q4_1", "Q8_0", ...).
+        data: [rows, bytes_per_row] uint8, CPU; often a read-only view of a memory map: never write into it.
+        shape: (rows, columns) of the tensor it stands for.
+    """
+
+    type: str
+    data: torch.Tensor
+    shape: tuple[int, int]
+
+    def dequantize(self, rows: slice | None = None) -> torch.Tensor:
+        """Unpack all rows, or those of a slice, into a new float32 tensor [rows, columns] on the CPU."""
+        data = self.data if rows is None else self.data[rows]
+        return dequant.dequantize(self.type, data, self.shape[1])
+
+
+class WeightSource(Protocol):
+    """Tensors by HF name. All methods may be called from several threads at once."""
+
+    def names(self) -> Iterable[str]:
+        """HF names of all tensors, in the file's order."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor in HF order ([out, in] for linears), without reading it.
+
+        Raises:
+            ModelLoadError: there is no such tensor; the message names file and tensor.
+        """
+        ...
+
+    def load(self, name: str) -> torch.Tensor | PackedTensor:
+        """Read one tensor in its stored dtype; quantised ones come packed.
+
+        The result may share memory with the file and must not be written to.
+
+        Raises:
+            ModelLoadError: there is no such tensor, or its bytes are damaged.
+        """
+        ...
