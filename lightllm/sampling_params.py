@@ -22,7 +22,9 @@ MAX_CONSTRAINT_BYTES = 256 * 1024
 GREEDY_TEMPERATURE = 1e-5
 
 
-class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class SamplingParams(
+    msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True
+):
     """How to choose the output tokens of one request.
 
     `do_sample=False` is greedy: temperature, top_p, top_k, min_p and seed have no effect, penalties and bias

@@ -23,12 +23,16 @@ def test_normalize_host(host, normal):
     assert normalize_host(host) == normal
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost", "a-b.example.org.", "master_addr", "node1"])
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1", "::1", "localhost", "a-b.example.org.", "master_addr", "node1"]
+)
 def test_addresses(host):
     assert is_address(host)
 
 
-@pytest.mark.parametrize("host", ["", ".", "300.1.1.1", "a b", "a/b", "-a", "::g", "a" * 64, "h:80", "<host>"])
+@pytest.mark.parametrize(
+    "host", ["", ".", "300.1.1.1", "a b", "a/b", "-a", "::g", "a" * 64, "h:80", "<host>"]
+)
 def test_no_addresses(host):
     assert not is_address(host)
 
