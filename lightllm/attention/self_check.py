@@ -1,0 +1,117 @@
+"""Random attention problems, and the comparison of a backend with an oracle on them.
+
+Used at start before a backend is trusted on this machine and build of torch, and by the conformance tests.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import msgspec
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightllm.attention.base import AttentionBackend
+from lightllm.device.forward_batch import ForwardBatch
+from lightllm.device.kv_pool import KVPool
+from lightllm.model_config import ModelConfig
+
+# Largest accepted error for values of about 1: the rounding of the dtype, several times over.
+TOLERANCES: Mapping[torch.dtype, float] = MappingProxyType(
+    {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A batch and where its slots lie.
+
+    Attributes:
+        seq_lens, query_lens: per sequence, as in ForwardBatch.
+        slots: [sum(seq_lens)] the slots of all sequences one after the other, above 0; those of new tokens
+            belong to one sequence only, a common prefix may be shared.
+    """
+
+    seq_lens: tuple[int, ...]
+    query_lens: tuple[int, ...]
+    slots: tuple[int, ...]
+
+
+# A prompt's second chunk, a whole prompt, short and long sequences decoding; scattered slots, then runs.
+START_CASE = Case(
+    seq_lens=(40, 7, 9, 11, 300),
+    query_lens=(16, 7, 1, 1, 1),
+    slots=(*range(60, 0, -2), *range(1, 60, 2), *range(70, 377)),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a backend made of a case: its result, and keys and values in the pool after it."""
+
+    out: Tensor
+    k: Tensor
+    v: Tensor
+
+
+def compute(backend: AttentionBackend, case: Case, config: ModelConfig, dtype: torch.dtype) -> Outcome:
+    """Run a backend on random tensors, which depend on the case, config and dtype only."""
+    generator = torch.Generator().manual_seed(len(case.slots))
+    pool = KVPool(msgspec.structs.replace(config, num_hidden_layers=1), max(case.slots) + 1, dtype)
+    for tensor in (pool.k[0], pool.v[0]):
+        tensor.normal_(generator=generator)
+    num_q_heads, num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+    shape = (sum(case.query_lens), num_q_heads + 2 * num_kv_heads, config.head_dim)
+    qkv = torch.empty(shape, dtype=dtype).normal_(generator=generator)
+    q, k, v = torch.split(qkv, [num_q_heads, num_kv_heads, num_kv_heads], dim=1)
+    batch = _batch(case, pool)
+    with torch.inference_mode():
+        batch.plan = backend.plan(batch)
+        out = backend.forward(q, k, v, 0, batch)
+    return Outcome(out, pool.k[0], pool.v[0])
+
+
+def compare(
+    backend: AttentionBackend, oracle: AttentionBackend, case: Case, config: ModelConfig, dtype: torch.dtype
+) -> str | None:
+    """Run both on a case.
+
+    Returns:
+        None if they agree, else what is wrong, in words.
+    """
+    try:
+        got = compute(backend, case, config, dtype)
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"  # an operation that this build of torch lacks
+    expected = compute(oracle, case, config, dtype)
+    if not torch.equal(got.k, expected.k) or not torch.equal(got.v, expected.v):
+        return "keys and values are not in their slots"
+    if got.out.shape != expected.out.shape or got.out.dtype != expected.out.dtype:
+        shape = tuple(expected.out.shape)
+        return f"the result is {tuple(got.out.shape)} {got.out.dtype}, expected {shape} {dtype}"
+    error_size = (got.out.float() - expected.out.float()).abs().max().item()
+    if not error_size <= TOLERANCES[dtype]:  # so that NaN fails
+        return f"results differ by {error_size:.2g}; rounding explains {TOLERANCES[dtype]:.2g}"
+    return None
+
+
+def _batch(case: Case, pool: KVPool) -> ForwardBatch:
+    seq_lens, query_lens = np.array(case.seq_lens), np.array(case.query_lens)
+    rows = np.arange(len(seq_lens))[::-1].copy()
+    slot_table = np.zeros((len(seq_lens), seq_lens.max()), dtype=np.int32)
+    pieces = np.split(np.array(case.slots, dtype=np.int32), np.cumsum(seq_lens)[:-1])
+    for row, piece in zip(rows, pieces, strict=True):
+        slot_table[row, : len(piece)] = piece
+    new = [np.arange(n - c, n) for n, c in zip(case.seq_lens, case.query_lens, strict=True)]
+    positions = np.concatenate(new)
+    out_slots = slot_table[rows.repeat(query_lens), positions].astype(np.int64)
+    return ForwardBatch.build(
+        rows=rows,
+        seq_lens=seq_lens,
+        query_lens=query_lens,
+        positions=torch.from_numpy(positions),
+        out_slots=torch.from_numpy(out_slots),
+        slot_table=slot_table,
+        kv_pool=pool,
+    )

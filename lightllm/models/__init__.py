@@ -1,0 +1,75 @@
+"""Models: one file each, found by the architecture that a checkpoint names.
+
+A row of ARCHITECTURES is all that a new model needs beside its file; the tests walk the table.
+"""
+
+import importlib
+import logging
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import cast
+
+import torch
+
+from lightllm.attention.base import AttentionBackend
+from lightllm.errors import ModelLoadError
+from lightllm.model_config import ModelConfig
+from lightllm.models.base import Model
+from lightllm.models.loader import Progress, load_weights, unused_names
+from lightllm.weights.base import WeightSource
+
+logger = logging.getLogger(__name__)
+
+ARCHITECTURES: Mapping[str, str] = MappingProxyType(
+    {
+        "LlamaForCausalLM": "lightllm.models.llama:LlamaForCausalLM",
+    }
+)
+
+
+def model_class(architecture: str) -> type[Model]:
+    """Import the class of an architecture.
+
+    Raises:
+        ModelLoadError: there is none; the message lists those there are.
+    """
+    if architecture not in ARCHITECTURES:
+        known = ", ".join(sorted(ARCHITECTURES))
+        raise ModelLoadError(f"architecture {architecture} is not supported; supported are {known}")
+    module, _, name = ARCHITECTURES[architecture].partition(":")
+    return cast(type[Model], getattr(importlib.import_module(module), name))
+
+
+def load_model(
+    config: ModelConfig,
+    source: WeightSource,
+    *,
+    dtype: torch.dtype,
+    backend: AttentionBackend,
+    num_threads: int,
+    progress: Progress,
+    packed: bool = False,
+) -> Model:
+    """Load a model onto the CPU; blocks until it can compute.
+
+    Args:
+        config: its dimensions; the tensors are checked against them.
+        source: its tensors.
+        dtype: to compute in.
+        backend: its attention.
+        num_threads: that read and unpack weights at once.
+        progress: called as `progress(done, total)`, counting weights.
+        packed: keep quantised weights as stored: an eighth of the memory of float32, and slow.
+
+    Raises:
+        ModelLoadError: unknown architecture, or a tensor is missing or does not fit the config.
+    """
+    cls = model_class(config.architecture)
+    cls.check(config)
+    specs = cls.weight_specs(config)
+    weights = load_weights(
+        specs, source, dtype=dtype, num_threads=num_threads, progress=progress, packed=packed
+    )
+    if unused := unused_names(specs, source):
+        logger.warning("%d tensors are not used, among them %s", len(unused), ", ".join(unused[:3]))
+    return cls(config, weights, backend)

@@ -1,0 +1,115 @@
+"""Model: the contract of every model file, and the words in which it says what weights it needs.
+
+A model is arithmetic on tensors. It gets its weights and its attention backend as arguments, and knows
+neither files nor requests nor where a sequence's KV lies. Runs in the worker.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lightllm.attention.base import AttentionBackend
+from lightllm.device.forward_batch import ForwardBatch
+from lightllm.layers.linear import LinearMethod
+from lightllm.model_config import ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class LinearSpec:
+    """One linear, or several checkpoint linears on the same input, fused by putting their rows in order.
+
+    Attributes:
+        parts: checkpoint name without `.weight` -> its out_features, in the order of rows.
+        in_features: columns.
+        has_bias: each part has a `.bias` too.
+    """
+
+    parts: Mapping[str, int]
+    in_features: int
+    has_bias: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class VectorSpec:
+    """A one-dimensional weight, such as that of a norm.
+
+    Attributes:
+        name: in the checkpoint.
+        size: number of elements.
+    """
+
+    name: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSpecs:
+    """All weights of a model, each under a name that the model chose."""
+
+    linears: Mapping[str, LinearSpec]
+    vectors: Mapping[str, VectorSpec]
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """What WeightSpecs asked for, under the same names and in one dtype."""
+
+    linears: Mapping[str, LinearMethod]
+    vectors: Mapping[str, Tensor]
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the weights take."""
+        linears = sum(linear.num_bytes for linear in self.linears.values())
+        return linears + sum(vector.nbytes for vector in self.vectors.values())
+
+
+class Model(ABC):
+    """A decoder-only language model.
+
+    Args:
+        config: its dimensions.
+        weights: what `weight_specs` asked for.
+        backend: its attention.
+
+    Attributes:
+        num_bytes: memory that the weights take.
+    """
+
+    def __init__(self, config: ModelConfig, weights: Weights, backend: AttentionBackend) -> None:
+        self.config = config
+        self.backend = backend
+        self.num_bytes = weights.num_bytes
+
+    @classmethod
+    @abstractmethod
+    def check(cls, config: ModelConfig) -> None:
+        """Refuse what this model does not do, before any weight is read.
+
+        Raises:
+            ModelLoadError: naming the key of the config, its value, and what is supported.
+        """
+
+    @classmethod
+    @abstractmethod
+    def weight_specs(cls, config: ModelConfig) -> WeightSpecs:
+        """Say which weights a model of this config has. They are loaded in this order: large ones first."""
+
+    @abstractmethod
+    def __call__(self, input_ids: Tensor, positions: Tensor, batch: ForwardBatch) -> Tensor:
+        """Compute a step's tokens and write their KV.
+
+        Args:
+            input_ids: [num_tokens] int64, in [0, vocab_size).
+            positions: [num_tokens] int64, of each token in its sequence.
+            batch: the step, planned by this model's backend.
+
+        Returns:
+            Hidden states after the last norm, [num_tokens, hidden_size].
+        """
+
+    @abstractmethod
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Compute scores of all tokens for the given rows of hidden states: [n, vocab_size] float32."""

@@ -1,0 +1,102 @@
+"""Every architecture of the table against transformers: whole, in chunks, token by token and mixed."""
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from lightllm.models import ARCHITECTURES
+from tests.models.tiny import DIMENSIONS, Sequences, config_of, load, make_oracle, source_of
+
+LENGTHS = (37, 1, 90, 12)
+
+# Options beyond the defaults of an architecture's HF config, all of which must work.
+OPTIONS: dict[str, list[dict[str, Any]]] = {
+    "LlamaForCausalLM": [
+        {"tie_word_embeddings": True},
+        {"attention_bias": True, "mlp_bias": True},
+        {"rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 500.0}},
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 1000.0,
+                "factor": 4.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            }
+        },
+    ]
+}
+VARIANTS = [(name, options) for name in ARCHITECTURES for options in ({}, *OPTIONS.get(name, []))]
+
+
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(2)
+    size = DIMENSIONS["vocab_size"]
+    return [torch.randint(size, (length,), generator=generator).tolist() for length in LENGTHS]
+
+
+def expected_logits(oracle: transformers.PreTrainedModel) -> list[torch.Tensor]:
+    with torch.inference_mode():
+        return [oracle(torch.tensor([ids])).logits[0] for ids in prompts()]
+
+
+def assert_equal(got: torch.Tensor, expected: torch.Tensor) -> None:
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["torch", "torch_ref"])
+@pytest.mark.parametrize(("architecture", "options"), VARIANTS)
+def test_whole_prompts_equal_transformers(architecture: str, options: dict[str, Any], backend: str) -> None:
+    oracle = make_oracle(architecture, **options)
+    model = load(config_of(oracle), source_of(oracle), backend=backend)
+    got = Sequences(model, prompts()).step(dict(enumerate(LENGTHS)))
+    for row, expected in enumerate(expected_logits(oracle)):
+        assert_equal(got[row], expected)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_mixed_batches_equal_transformers(architecture: str) -> None:
+    oracle = make_oracle(architecture)
+    sequences = Sequences(load(config_of(oracle), source_of(oracle)), prompts())
+    got: list[list[torch.Tensor]] = [[] for _ in LENGTHS]
+    steps = [
+        {0: 30},  # a chunk alone
+        {2: 64, 0: 1},  # a chunk beside a decode, in another order than the rows
+        {0: 1, 1: 1, 2: 20, 3: 12},  # a chunk with a past, a decode, a first token, a whole prompt
+        {0: 5, 2: 2},
+        *[{2: 1}] * 4,  # decode alone
+    ]
+    for counts in steps:
+        for row, logits in sequences.step(counts).items():
+            got[row].append(logits)
+    for row, expected in enumerate(expected_logits(oracle)):
+        assert_equal(torch.cat(got[row]), expected[: sequences.num_computed[row]])
+    assert sequences.num_computed == [37, 1, 90, 12]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_decoding_alone_equals_decoding_together(architecture: str) -> None:
+    oracle = make_oracle(architecture)
+    sequences = Sequences(load(config_of(oracle), source_of(oracle)), prompts())
+    sequences.step({0: 20, 2: 25, 3: 6})
+    for i in range(5):
+        for row, logits in sequences.step({2: 1, 3: 1, 0: 1}).items():
+            start = {0: 20, 2: 25, 3: 6}[row]
+            assert_equal(logits[0], expected_logits(oracle)[row][start + i])
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_bfloat16_stays_near(architecture: str) -> None:
+    oracle = make_oracle(architecture)
+    model = load(config_of(oracle), source_of(oracle), dtype=torch.bfloat16)
+    sequences = Sequences(model, prompts(), torch.bfloat16)
+    got = sequences.step({0: 36, 3: 11})
+    last = sequences.step({0: 1, 3: 1})
+    for row in (0, 3):
+        expected = expected_logits(oracle)[row]
+        error = torch.cat((got[row], last[row])) - expected
+        assert error.norm() / expected.norm() < 0.03
