@@ -1,0 +1,1 @@
+"""The engine: one process that owns the scheduler and drives an executor."""

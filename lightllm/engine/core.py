@@ -1,0 +1,143 @@
+"""The loop of the system: requests in, one scheduled step after the other, outputs out.
+
+Runs in the engine process. Owns the order of things and nothing else: requests and slots belong to the
+scheduler, tensors to the executor's workers, bytes to the link. Knows no torch, no HTTP and no tokenizer.
+"""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+from lightllm.engine.executor import Executor, Pending
+from lightllm.messages import (
+    AbortAll,
+    AbortRequest,
+    EngineOutput,
+    EngineRequest,
+    FromEngine,
+    Ping,
+    Pong,
+    RequestOutput,
+    ToEngine,
+)
+from lightllm.sampling_params import SamplingParams
+from lightllm.scheduler.scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
+
+IDLE_WAIT_S = 1.0
+
+
+class Link(Protocol):
+    """The engine's end of the connection to its frontends."""
+
+    def receive(self, timeout_s: float) -> list[ToEngine]:
+        """Take all messages that have arrived; wait for the first at most `timeout_s` (0: do not wait)."""
+        ...
+
+    def send(self, message: FromEngine) -> None:
+        """Hand one message over; never blocks on a slow or absent reader."""
+        ...
+
+
+class Engine:
+    """Scheduler + executor, joined by `step()`.
+
+    Args:
+        scheduler: owns all requests.
+        executor: computes scheduled batches, in the order in which they are submitted.
+        link: where requests come from and outputs go to.
+        enable_overlap: schedule step N+1 before the result of step N is taken. Off, each result is taken at
+            once; tokens are the same either way.
+        clock: Unix seconds.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        executor: Executor,
+        link: Link,
+        *,
+        enable_overlap: bool = True,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.scheduler = scheduler
+        self.executor = executor
+        self.link = link
+        self.clock = clock
+        self.max_pending = 1 if enable_overlap else 0
+        self.pending: deque[Pending] = deque()
+        self.steps_total = 0
+
+    def step(self) -> None:
+        """Run one turn of the loop; waits for messages only when there is nothing to compute."""
+        outputs = self._take_messages()
+        outputs += self.scheduler.expire(self.clock())
+        batch = self.scheduler.schedule(self.clock())
+        if batch is not None:
+            self.pending.append(self.executor.submit(batch))
+        if len(self.pending) > (self.max_pending if batch is not None else 0):
+            outputs += self._take_result()
+        if outputs:
+            self.link.send(EngineOutput(outputs=outputs, stats=self.scheduler.stats()))
+
+    def run(self, should_stop: Callable[[], bool]) -> None:
+        """Step until `should_stop()`; an exception of a step ends the loop and the process with it."""
+        while not should_stop():
+            self.step()
+
+    def warm_up(self, prompt_token_ids: list[int], num_tokens: int = 2) -> list[int]:
+        """Compute real tokens before the first request, so that ready means ready.
+
+        Returns:
+            The greedy continuation of the prompt.
+        """
+        params = SamplingParams(max_new_tokens=num_tokens, ignore_eos=True)
+        request = EngineRequest(
+            request_id="warm_up", prompt_token_ids=prompt_token_ids, sampling_params=params
+        )
+        token_ids: list[int] = []
+        outputs = _listed(self.scheduler.add(request, self.clock()))
+        while True:
+            for output in outputs:
+                token_ids += output.new_token_ids
+                if output.finish_reason == "error" and output.error is not None:
+                    raise RuntimeError(f"the warm-up request failed: {output.error.message}")
+                if output.finish_reason is not None:
+                    self._finish_steps_in_flight()
+                    return token_ids
+            batch = self.scheduler.schedule(self.clock())
+            if batch is not None:
+                self.pending.append(self.executor.submit(batch))
+            outputs = self._take_result()
+
+    def _take_messages(self) -> list[RequestOutput]:
+        is_idle = not self.pending and not self.scheduler.has_work
+        outputs: list[RequestOutput] = []
+        for message in self.link.receive(IDLE_WAIT_S if is_idle else 0.0):
+            match message:
+                case EngineRequest():
+                    outputs += _listed(self.scheduler.add(message, self.clock()))
+                case AbortRequest(request_id=request_id, reason=reason):
+                    outputs += _listed(self.scheduler.abort(request_id, reason))
+                case AbortAll():
+                    for request_id in self.scheduler.request_ids():
+                        self.scheduler.abort(request_id, "abort")
+                case Ping(nonce=nonce):
+                    self.link.send(Pong(nonce=nonce, stats=self.scheduler.stats()))
+        return outputs
+
+    def _take_result(self) -> list[RequestOutput]:
+        result = self.pending.popleft().result()
+        self.steps_total += 1
+        return self.scheduler.update(result)
+
+    def _finish_steps_in_flight(self) -> None:
+        while self.pending:
+            self._take_result()
+
+
+def _listed(output: RequestOutput | None) -> list[RequestOutput]:
+    return [] if output is None else [output]

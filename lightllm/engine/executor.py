@@ -1,0 +1,61 @@
+"""Executors compute scheduled batches; the engine sees nothing of where.
+
+`submit` returns a Pending at once, whatever the executor: a thread of this process now, worker processes and
+other hosts later. Batches are computed strictly in the order of submission, which is what lets the scheduler
+reuse slots and rows without waiting.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Protocol
+
+from lightllm.messages import EngineInfo, ScheduledBatch, StepOutput
+
+if TYPE_CHECKING:
+    from lightllm.worker.worker import Worker
+
+
+class Pending(Protocol):
+    """A step that has been submitted."""
+
+    def result(self) -> StepOutput:
+        """Wait for the step; re-raises the exception that ended it."""
+        ...
+
+
+class Executor(ABC):
+    """Computes batches in order."""
+
+    @abstractmethod
+    def submit(self, batch: ScheduledBatch) -> Pending:
+        """Queue a batch and return without waiting for it."""
+
+    @abstractmethod
+    def info(self) -> EngineInfo:
+        """Device, dtype and capacity of the loaded model."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Finish what was submitted and free the workers."""
+
+
+class InProcessExecutor(Executor):
+    """One rank, in a thread of the engine process.
+
+    The thread owns all torch state. Python's lock is free while torch computes, so scheduling runs beside it.
+    """
+
+    def __init__(self, load: "Callable[[], Worker]") -> None:
+        """Load the worker in its thread and wait for it; `load` raises what `Worker.load` raises."""
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="worker")
+        self._worker = self._thread.submit(load).result()
+
+    def submit(self, batch: ScheduledBatch) -> Pending:
+        return self._thread.submit(self._worker.run, batch)
+
+    def info(self) -> EngineInfo:
+        return self._worker.info()
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=True)
