@@ -1,0 +1,263 @@
+"""uvicorn's HTTP protocol with what it lacks: direct writes, bounds, time limits and errors in our envelope.
+
+Each request's scope carries an `HttpTransport` through which handlers write frames straight to the socket and
+learn that the client has left. Bad HTTP, headers over 32 KiB (431) or later than 30 s (408) are answered
+here; the body's size and time limits belong to `api.call`. Runs in the frontend's event loop.
+"""
+
+import asyncio
+import functools
+import http
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+from lightllm.api.errors import envelope
+from lightllm.api.transport import EXTENSION, Header
+from lightllm.errors import LightLLMError, RequestError
+from lightllm.frontend.generator import new_request_id
+
+logger = logging.getLogger(__name__)
+
+MAX_HEAD_BYTES = 32 * 1024
+HEAD_LIMIT_S = 30.0
+KEEP_ALIVE_S = 30
+# A client that does not read what it asked for is cut off at this much unsent data.
+MAX_UNSENT_BYTES = 1024 * 1024
+FINISH_LIMIT_S = 60.0
+# How much of a body is read and thrown away after an early answer, so that the client gets to read that
+# answer.
+MAX_DISCARDED_BYTES = 64 * 1024 * 1024
+DISCARD_LIMIT_S = 10.0
+
+
+class HttpTransport:
+    """The client of one request on our own protocol; see `transport.ClientTransport`."""
+
+    def __init__(self, protocol: "LightLLMProtocol", cycle: RequestResponseCycle) -> None:
+        self.is_gone = False
+        self.num_writes = 0
+        self._transport = protocol.transport
+        self._flow = protocol.flow
+        self._cycle = cycle
+        self._is_chunked = cycle.scope["http_version"] != "1.0"
+        self._is_open = False
+        self._kept: list[bytes] = []
+        self._callbacks: list[Callable[[], None]] = []
+
+    async def open(self, status: int, headers: Iterable[Header]) -> None:
+        """Send the status line and headers, then every frame written before."""
+        if not self._is_chunked:
+            # HTTP/1.0 knows no chunks: the end of the connection is the end of the body.
+            self._cycle.chunked_encoding = False
+            self._cycle.keep_alive = False
+        await self._cycle.send({"type": "http.response.start", "status": status, "headers": list(headers)})
+        self._is_open = True
+        kept, self._kept = self._kept, []
+        for data in kept:
+            self._put(data)
+
+    def write(self, data: bytes) -> None:
+        """Send one frame of the body; never blocks, cuts off a client that does not read."""
+        self.num_writes += 1
+        if self._is_open:
+            self._put(data)
+        else:
+            self._kept.append(data)
+
+    def _put(self, data: bytes) -> None:
+        if self.is_gone:
+            return
+        self._transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._is_chunked else data)
+        if self._flow.write_paused and self._transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
+            logger.warning("a client does not read its answer: connection cut at %d bytes", MAX_UNSENT_BYTES)
+            self._transport.abort()
+            self.lose()
+
+    async def finish(self, *, close: bool = False) -> None:
+        """End the body; with `close` the connection too."""
+        if self.is_gone:
+            return
+        if close:
+            self._cycle.keep_alive = False
+        try:
+            async with asyncio.timeout(FINISH_LIMIT_S):
+                await self._cycle.send({"type": "http.response.body", "body": b"", "more_body": False})
+        except TimeoutError:
+            self._transport.abort()
+
+    def on_disconnect(self, callback: Callable[[], None]) -> None:
+        """Call back once when the client leaves before the end; at once if it has left."""
+        if self.is_gone:
+            callback()
+        else:
+            self._callbacks.append(callback)
+
+    def release(self) -> None:
+        """The exchange is over; nothing to clean up here."""
+
+    def lose(self) -> None:
+        """Called by the protocol when the connection is gone."""
+        if self.is_gone:
+            return
+        self.is_gone = True
+        self._cycle.disconnected = True
+        self._cycle.message_event.set()
+        for callback in self._callbacks:
+            callback()
+
+
+class LightLLMProtocol(HttpToolsProtocol):
+    """One client connection."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._clients: list[HttpTransport] = []
+        self._refusal: LightLLMError | None = None
+        self._is_in_head = True
+        self._head_bytes = 0
+        self._head_size = 0
+        self._discarded_bytes = 0
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._discard_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._head_timer = self.loop.call_later(HEAD_LIMIT_S, self._head_is_late)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._cancel_timers()
+        clients, self._clients = self._clients, []
+        super().connection_lost(exc)
+        for client in clients:
+            client.lose()
+
+    def data_received(self, data: bytes) -> None:
+        if self._is_in_head:
+            self._head_bytes += len(data)
+            if self._head_timer is None:
+                self._head_timer = self.loop.call_later(HEAD_LIMIT_S, self._head_is_late)
+        super().data_received(data)
+        # The parser keeps an unfinished header to itself, so what came in is counted, too.
+        if self._is_in_head and self._head_bytes > 2 * MAX_HEAD_BYTES and not self.transport.is_closing():
+            self._refusal = _head_too_large()
+            self.send_400_response("")
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._is_in_head = True
+        self._head_size = 0
+
+    def on_url(self, url: bytes) -> None:
+        super().on_url(url)
+        self._count_head(len(url))
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        super().on_header(name, value)
+        self._count_head(len(name) + len(value) + 4)
+
+    def _count_head(self, num_bytes: int) -> None:
+        self._head_size += num_bytes
+        if self._head_size > MAX_HEAD_BYTES:
+            self._refusal = _head_too_large()
+            raise self._refusal  # the parser turns it into its own error, and uvicorn calls send_400_response
+
+    def on_headers_complete(self) -> None:
+        self._is_in_head = False
+        self._head_bytes = 0
+        self._discarded_bytes = 0
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+        super().on_headers_complete()
+        cycle = self.cycle
+        # The task of this request has been created, but not begun: its scope may still be completed.
+        client = HttpTransport(self, cycle)
+        self._clients.append(client)
+        extensions: dict[str, Any] = {EXTENSION: client}
+        cast(dict[str, Any], self.scope)["extensions"] = extensions
+        cycle.on_response = functools.partial(self._response_is_complete, client, cycle)
+
+    def on_body(self, body: bytes) -> None:
+        super().on_body(body)
+        if self.cycle.response_complete:
+            self._discarded_bytes += len(body)
+            if self._discarded_bytes > MAX_DISCARDED_BYTES:
+                self.transport.abort()
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self._is_in_head = True
+        if self._discard_timer is not None:
+            self._discard_timer.cancel()
+            self._discard_timer = None
+
+    def _response_is_complete(self, client: HttpTransport, cycle: RequestResponseCycle) -> None:
+        if client in self._clients:
+            self._clients.remove(client)
+        self.on_response_complete()
+        if cycle is self.cycle and cycle.more_body and not self.transport.is_closing():
+            if self.expect_100_continue:
+                self.transport.close()  # the body will not come, or comes where a request is expected
+            else:
+                self._discard_timer = self.loop.call_later(DISCARD_LIMIT_S, self.transport.close)
+
+    def _head_is_late(self) -> None:
+        self._head_timer = None
+        if self._clients:  # an earlier answer of this connection is still under way
+            self._head_timer = self.loop.call_later(HEAD_LIMIT_S, self._head_is_late)
+        elif self._head_bytes:
+            limit = f"{HEAD_LIMIT_S:.0f} s"
+            self._refusal = LightLLMError(
+                f"the request's headers took longer than {limit}", code="body_timeout"
+            )
+            self.send_400_response("")
+        else:
+            self.transport.close()
+
+    def _cancel_timers(self) -> None:
+        for timer in (self._head_timer, self._discard_timer):
+            if timer is not None:
+                timer.cancel()
+        self._head_timer = self._discard_timer = None
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what never became a request, in the envelope of all other errors, and close."""
+        error = self._refusal or RequestError("the request is not valid HTTP/1.1", code="bad_json")
+        if not self._clients:  # else this would land in the middle of another answer
+            status = error.kind.status
+            body = envelope(error)
+            lines = [
+                f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}",
+                "content-type: application/json",
+                f"content-length: {len(body)}",
+                f"x-request-id: {new_request_id()}",
+                "connection: close",
+            ]
+            self.transport.write("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
+        self.transport.close()
+
+
+def _head_too_large() -> RequestError:
+    return RequestError(f"the headers are larger than {MAX_HEAD_BYTES} bytes", code="headers_too_large")
+
+
+def uvicorn_config(app: Any, *, version: str, loop: str = "uvloop") -> uvicorn.Config:
+    """How the frontend runs uvicorn: our protocol, no access log, no signal or log set-up of its own."""
+    return uvicorn.Config(
+        app,
+        http=LightLLMProtocol,
+        ws="none",
+        loop=loop,
+        lifespan="off",
+        interface="asgi3",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        headers=[("server", f"lightllm/{version}")],
+        timeout_keep_alive=KEEP_ALIVE_S,
+        backlog=2048,
+    )

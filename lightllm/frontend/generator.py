@@ -1,0 +1,214 @@
+"""Starts generations: prompts and parameters in, engine requests out, one `Generation` per client request.
+
+Runs in the frontend's event loop; knows nothing of HTTP or JSON.
+"""
+
+import asyncio
+import time
+import uuid
+from collections.abc import Sequence
+
+import msgspec
+
+from lightllm.errors import ContextLengthError, RequestError
+from lightllm.frontend.detokenizer import DetokenizerFactory
+from lightllm.frontend.engine_client import EngineClientLike
+from lightllm.frontend.generation import Emit, Generation, NoObserver, Observer, SampleStream
+from lightllm.frontend.tokenizer import Tokenizer
+from lightllm.messages import EngineInfo, EngineRequest, RequestFailure
+from lightllm.sampling_params import SamplingParams
+
+# Above this many characters encoding leaves the event loop; below, the hop to a thread costs more.
+INLINE_CHARS = 2048
+
+
+class Generator:
+    """Starts generations.
+
+    Args:
+        tokenizer: of the model served.
+        client: where engine requests go.
+        request_timeout_s: upper bound for one request, 0 = none.
+        observer: who counts tokens and times.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        client: EngineClientLike,
+        *,
+        request_timeout_s: float = 0.0,
+        observer: Observer | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.client = client
+        self.request_timeout_s = request_timeout_s
+        self.observer: Observer = observer or NoObserver()
+        self.detokenizers = DetokenizerFactory(tokenizer)
+        self._live: dict[str, Generation] = {}
+
+    @property
+    def num_live(self) -> int:
+        """Generations that have not ended."""
+        return len(self._live)
+
+    def require_info(self) -> EngineInfo:
+        """What is served; raises the 503 error that says why there is nothing."""
+        self.client.require_up()
+        assert self.client.info is not None
+        return self.client.info
+
+    async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Tokenize a text; long ones in a thread, so that other clients' tokens go on."""
+        if len(text) <= INLINE_CHARS:
+            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(None, self.tokenizer.encode, text, add_special_tokens)
+
+    def check_prompt(self, prompt: Sequence[int], max_new_tokens: int, param: str) -> None:
+        """Check a prompt's ids and length.
+
+        Raises:
+            RequestError: empty, or an id outside the vocabulary.
+            ContextLengthError: prompt + output exceed the limit in force.
+        """
+        info = self.require_info()
+        if not prompt:
+            raise RequestError(
+                f"{param}: got no tokens, allowed at least 1", code="out_of_range", param=param
+            )
+        low, high = min(prompt), max(prompt)
+        if low < 0 or high >= info.vocab_size:
+            bad = low if low < 0 else high
+            message = f"{param}: got token id {bad}, allowed 0 <= id <= {info.vocab_size - 1}"
+            raise RequestError(message, code="out_of_range", param=param)
+        total = len(prompt) + max_new_tokens
+        if total > info.max_req_total_len:
+            message = (
+                f"{param}: the prompt has {len(prompt)} tokens and {max_new_tokens} more are asked for; "
+                f"the limit for both is {info.max_req_total_len}; shorten the prompt, ask for fewer tokens "
+                "or raise --max_req_total_len"
+            )
+            raise ContextLengthError(message, param=param)
+
+    def start(
+        self,
+        prompts: list[list[int]],
+        params: SamplingParams,
+        emit: Emit,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        timeout_s: float | None = None,
+        add_spaces: bool = False,
+    ) -> Generation:
+        """Submit `params.n` samples of each prompt; `emit` is called for every token from now on.
+
+        Args:
+            prompts: checked by `check_prompt`.
+            params: checked by `sampling_params.validate`.
+            timeout_s: of this request; the generator's own bound where None.
+            add_spaces: put spaces around special tokens that are shown (native API).
+
+        Raises:
+            LightLLMError: nothing can be submitted now.
+        """
+        self.client.require_up()
+        request_id = request_id or new_request_id()
+        generation = Generation(request_id, self.client, self.observer, prompts)
+        limit_s = timeout_s or self.request_timeout_s
+        deadline_s = time.time() + limit_s if limit_s else None
+        requests = self._requests(generation, params, priority, deadline_s)
+        samples = self._samples(generation, requests, params, emit, add_spaces)
+        generation.open(samples, deadline_s)
+        self._live[request_id] = generation
+        generation.finished.add_done_callback(lambda _: self._live.pop(request_id, None))
+        for request, sample in zip(requests, samples, strict=True):
+            self.client.submit(request, sample)
+        return generation
+
+    def _requests(
+        self, generation: Generation, params: SamplingParams, priority: int, deadline_s: float | None
+    ) -> list[EngineRequest]:
+        """One request per sample; siblings wait for the first one's prompt, which they share."""
+        _, engine_params = self._split_stops(params)
+        is_single = len(generation.prompts) * params.n == 1
+        requests: list[EngineRequest] = []
+        for prompt in generation.prompts:
+            first_id: str | None = None
+            for sample_index in range(params.n):
+                request = EngineRequest(
+                    request_id=generation.request_id + ("" if is_single else f"/{len(requests)}"),
+                    prompt_token_ids=prompt,
+                    sampling_params=engine_params,
+                    sample_index=sample_index,
+                    after_request_id=first_id,
+                    priority=priority,
+                    arrival_s=generation.arrival_unix_s,
+                    deadline_s=deadline_s,
+                )
+                first_id = first_id or request.request_id
+                requests.append(request)
+        return requests
+
+    def _samples(
+        self,
+        generation: Generation,
+        requests: list[EngineRequest],
+        params: SamplingParams,
+        emit: Emit,
+        add_spaces: bool,
+    ) -> list[SampleStream]:
+        stops, _ = self._split_stops(params)
+        print_end = self.detokenizers.token_text if params.print_eos_token else _no_text
+        samples: list[SampleStream] = []
+        for index, request in enumerate(requests):
+            detokenizer = self.detokenizers.new(
+                stops=stops,
+                include_stop=params.include_stop_str_in_output,
+                skip_special_tokens=params.skip_special_tokens,
+                add_spaces=add_spaces and params.add_spaces_between_special_tokens,
+                prompt_token_ids=request.prompt_token_ids,
+            )
+            samples.append(SampleStream(generation, index, request, detokenizer, emit, print_end))
+        return samples
+
+    def abort(self, request_id: str) -> bool:
+        """Cancel a generation with the text so far; False if there is none of that id."""
+        generation = self._live.get(request_id)
+        if generation is not None:
+            generation.abort()
+        return generation is not None
+
+    def fail_all(self, code: str, message: str) -> None:
+        """End everything that runs in an error."""
+        for generation in list(self._live.values()):
+            generation.fail(RequestFailure(code=code, message=message))
+
+    def _split_stops(self, params: SamplingParams) -> tuple[list[str], SamplingParams]:
+        """Stop strings as text for the frontend, and the parameters without them for the engine.
+
+        Id lists stop at the text that they stand for. A single special token has none when special tokens are
+        skipped: it becomes a stop id.
+        """
+        texts: list[str] = []
+        stop_ids = list(params.stop_token_ids)
+        for stop in params.stop_sequences:
+            if isinstance(stop, str):
+                texts.append(stop)
+            elif len(stop) == 1 and stop[0] in self.tokenizer.special_ids:
+                stop_ids.append(stop[0])
+            elif text := self.tokenizer.decode(stop, skip_special_tokens=params.skip_special_tokens):
+                texts.append(text)
+        if not params.stop_sequences:
+            return texts, params
+        return texts, msgspec.structs.replace(params, stop_sequences=[], stop_token_ids=stop_ids)
+
+
+def _no_text(token_id: int) -> str:
+    return ""
+
+
+def new_request_id() -> str:
+    """`req_` + 32 hex digits."""
+    return f"req_{uuid.uuid4().hex}"

@@ -1,0 +1,289 @@
+"""A real server on loopback: exact bytes, broken HTTP, clients that leave, do not read, or are slow."""
+
+import asyncio
+import json
+import socket
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from lightllm.api.call import AppContext
+from tests.api.harness import make_context, serving
+from tests.fakes import FakeEngineClient
+
+BODY = json.dumps({"inputs": "hi", "parameters": {"max_new_tokens": 2}}).encode()
+
+
+def post(path: str, body: bytes = BODY, version: str = "1.1", extra: str = "") -> bytes:
+    head = f"POST {path} HTTP/{version}\r\nhost: x\r\ncontent-type: application/json\r\n{extra}"
+    return f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
+
+
+class Wire:
+    """A raw client connection."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader = reader
+        self.writer = writer
+
+    async def send(self, data: bytes) -> None:
+        self.writer.write(data)
+        await self.writer.drain()
+
+    async def answer(self) -> tuple[int, dict[str, str], bytes]:
+        """One answer by content-length or chunks; (status, headers, body)."""
+        head = (await self.reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
+        headers = dict(line.split(": ", 1) for line in head[1:] if line)
+        if "content-length" in headers:
+            body = await self.reader.readexactly(int(headers["content-length"]))
+        elif headers.get("transfer-encoding") == "chunked":
+            body = b""
+            while size := int(await self.reader.readline(), 16):
+                body += (await self.reader.readexactly(size + 2))[:-2]
+            await self.reader.readexactly(2)
+        else:
+            body = await self.reader.read()
+        return int(head[0].split(" ")[1]), headers, body
+
+    async def end(self) -> bytes:
+        """Everything up to the end of the connection."""
+        return await self.reader.read()
+
+
+Test = Callable[[AppContext, Callable[[], Awaitable[Wire]]], Awaitable[None]]
+
+
+def run(
+    test: Test, reply: str | list[int] = "hello", max_len: int = 256, **sections: dict[str, object]
+) -> None:
+    async def main() -> None:
+        engine = FakeEngineClient(reply)
+        engine.info = type(engine.info)(
+            **{
+                **{f: getattr(engine.info, f) for f in engine.info.__struct_fields__},
+                "max_req_total_len": max_len,
+            }
+        )
+        context = make_context(engine, **sections)
+        async with serving(context) as port:
+            wires: list[Wire] = []
+
+            async def connect() -> Wire:
+                wires.append(Wire(*await asyncio.open_connection("127.0.0.1", port)))
+                return wires[-1]
+
+            try:
+                await asyncio.wait_for(test(context, connect), 20)
+            finally:
+                for wire in wires:
+                    wire.writer.close()
+
+    asyncio.run(main())
+
+
+def code_of(body: bytes) -> str:
+    envelope = json.loads(body)
+    assert envelope["message"] == envelope["error"]["message"]
+    return str(envelope["error"]["code"])
+
+
+def test_frames_are_chunks_and_the_connection_lives_on() -> None:
+    async def test(context, connect) -> None:
+        wire = await connect()
+        for _ in range(2):
+            await wire.send(post("/generate_stream"))
+            head = await wire.reader.readuntil(b"\r\n\r\n")
+            assert b"transfer-encoding: chunked" in head
+            assert b"server: lightllm/0.0.0" in head
+            raw = await wire.reader.readuntil(b"0\r\n\r\n")
+            for frame in raw.removesuffix(b"0\r\n\r\n").split(b"\n\n\r\n")[:-1]:
+                size, _, data = frame.partition(b"\r\n")
+                assert int(size, 16) == len(data) + 2
+                assert data.startswith(b'data:{"token":{"id":')
+            await wire.send(post("/generate"))
+            assert json.loads((await wire.answer())[2])["generated_text"] == ["he"]
+
+    run(test)
+
+
+def test_pipelined_requests_are_answered_in_order() -> None:
+    async def test(context, connect) -> None:
+        wire = await connect()
+        await wire.send(post("/generate_stream") + post("/tokens", b'{"text":"abc"}') + post("/generate"))
+        assert (await wire.answer())[2].count(b"data:") == 2
+        assert (await wire.answer())[2] == b'{"ntokens":3}'
+        assert (await wire.answer())[0] == 200
+
+    run(test)
+
+
+def test_http_1_0_gets_no_chunks() -> None:
+    async def test(context, connect) -> None:
+        wire = await connect()
+        await wire.send(post("/generate_stream", version="1.0"))
+        head, _, body = (await wire.end()).partition(b"\r\n\r\n")
+        assert b"transfer-encoding" not in head
+        assert body.startswith(b"data:{")
+        assert body.endswith(b'"details":null}\n\n')
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("data", "status", "code"),
+    [
+        (b"nonsense\r\n\r\n", 400, "bad_json"),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400, "bad_json"),
+        (b"GET / HTTP/1.1\r\nbad header\r\n\r\n", 400, "bad_json"),
+        (b"GET /health HTTP/1.1\r\nx: " + b"a" * 40_000 + b"\r\n\r\n", 431, "too_large"),
+        (b"GET /health HTTP/1.1\r\n" + b"x: 1\r\n" * 8_000 + b"\r\n", 431, "too_large"),
+        (b"GET /" + b"a" * 40_000 + b" HTTP/1.1\r\n\r\n", 431, "too_large"),
+        (b"GET /health HTTP/1.1\r\nx: " + b"a" * 100_000, 431, "too_large"),
+    ],
+)
+def test_broken_http_gets_the_envelope(data: bytes, status: int, code: str) -> None:
+    async def test(context, connect) -> None:
+        wire = await connect()
+        await wire.send(data)
+        got, headers, body = await wire.answer()
+        assert (got, code_of(body)) == (status, code)
+        assert headers["connection"] == "close"
+        assert headers["x-request-id"].startswith("req_")
+        assert await wire.end() == b""
+
+    run(test)
+
+
+def test_slow_headers_and_slow_bodies_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightllm.api.protocol.HEAD_LIMIT_S", 0.1)
+    monkeypatch.setattr("lightllm.api.call.BODY_LIMIT_S", 0.1)
+    monkeypatch.setattr("lightllm.api.protocol.DISCARD_LIMIT_S", 0.1)
+
+    async def test(context, connect) -> None:
+        wire = await connect()
+        await wire.send(b"GET /health HTT")
+        status, _, body = await wire.answer()
+        assert (status, code_of(body)) == (408, "body_timeout")
+        wire = await connect()
+        await wire.send(post("/generate")[:-5])
+        status, _, body = await wire.answer()
+        assert (status, code_of(body)) == (408, "body_timeout")
+        assert await wire.end() == b""
+        wire = await connect()
+        assert await wire.end() == b""
+
+    run(test)
+
+
+def test_an_early_answer_does_not_break_the_connection() -> None:
+    async def test(context, connect) -> None:
+        wire = await connect()
+        await wire.send(post("/generate", b" " * 300_000))
+        status, _, body = await wire.answer()
+        assert (status, code_of(body)) == (413, "too_large")
+        await wire.send(post("/generate"))
+        assert (await wire.answer())[0] == 200
+
+    run(test, server={"max_request_bytes": 1000})
+
+
+def test_endless_bodies_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightllm.api.protocol.MAX_DISCARDED_BYTES", 100_000)
+
+    async def test(context, connect) -> None:
+        wire = await connect()
+        head = post("/generate", b"").replace(b"content-length: 0", b"transfer-encoding: chunked")
+        await wire.send(head)
+
+        async def send_forever() -> None:
+            while True:
+                await wire.send(b"1000\r\n" + b"x" * 4096 + b"\r\n")
+
+        with pytest.raises(OSError):
+            await send_forever()
+
+    run(test, server={"max_request_bytes": 1000})
+
+
+async def wait_for(condition: Callable[[], object]) -> None:
+    while not condition():  # noqa: ASYNC110  a poll is enough here
+        await asyncio.sleep(0.005)
+
+
+@pytest.mark.parametrize("path", ["/generate", "/generate_stream", "/v1/completions"])
+def test_a_client_that_leaves_cancels_its_request(path: str) -> None:
+    async def test(context, connect) -> None:
+        engine = context.engine
+        engine.resumed.clear()
+        wire = await connect()
+        await wire.send(post(path, b'{"inputs":"hi","prompt":"hi"}'))
+        await wait_for(lambda: engine.requests)
+        wire.writer.close()
+        await wait_for(lambda: engine.aborted)
+        assert engine.aborted == [(engine.requests[0].request_id, "abort")]
+        await wait_for(lambda: context.metrics.failures)
+        assert dict(context.metrics.failures) == {("499", "client_gone"): 1}
+
+    run(test)
+
+
+def test_a_client_that_leaves_in_mid_stream_cancels_it() -> None:
+    async def test(context, connect) -> None:
+        wire = await connect()
+        await wire.send(post("/generate_stream", b'{"inputs":"hi","parameters":{"max_new_tokens":90000}}'))
+        await wire.reader.readuntil(b"data:")
+        wire.writer.transport.abort()
+        await wait_for(lambda: context.engine.aborted)
+        await wait_for(lambda: context.generator.num_live == 0)
+
+    run(test, reply=[97] * 100_000, max_len=200_000)
+
+
+def test_a_client_that_does_not_read_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightllm.api.protocol.MAX_UNSENT_BYTES", 100_000)
+
+    async def test(context, connect) -> None:
+        wire = await connect()
+        wire.writer.transport.pause_reading()
+        wire.writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        await wire.send(post("/generate_stream", b'{"inputs":"hi","parameters":{"max_new_tokens":90000}}'))
+        await wait_for(lambda: context.engine.aborted)
+        other = await connect()
+        await other.send(post("/generate"))
+        assert (await other.answer())[0] == 200
+
+    run(test, reply=[97] * 100_000, max_len=200_000)
+
+
+def test_an_error_in_mid_stream_closes_the_connection() -> None:
+    async def test(context, connect) -> None:
+        from lightllm.messages import RequestFailure
+
+        context.engine.failures = [RequestFailure(code="engine_down", message="died")]
+        context.engine.fail_after = 1
+        wire = await connect()
+        await wire.send(post("/generate_stream"))
+        status, _, body = await wire.answer()
+        assert status == 200
+        assert body.endswith(b'"code":"engine_down"},"message":"died"}\n\n')
+        assert await wire.end() == b""
+
+    run(test)
+
+
+def test_head_and_expect() -> None:
+    async def test(context, connect) -> None:
+        wire = await connect()
+        await wire.send(b"HEAD /health HTTP/1.1\r\nhost: 127.0.01:8000\r\n\r\n")
+        assert b"200 OK" in await wire.reader.readuntil(b"\r\n\r\n")
+        head, _, body = post("/generate", extra="expect: 100-continue\r\n").partition(b"\r\n\r\n")
+        await wire.send(head + b"\r\n\r\n")
+        assert await wire.reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+        await wire.send(body)
+        assert (await wire.answer())[0] == 200
+        refused = post("/generate", extra="expect: 100-continue\r\ncontent-encoding: br\r\n")
+        await wire.send(refused.partition(b"\r\n\r\n")[0] + b"\r\n\r\n")
+        assert (await wire.answer())[0] == 415
+        assert await wire.end() == b""
+
+    run(test)

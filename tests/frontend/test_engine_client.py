@@ -1,0 +1,193 @@
+"""The engine link over real ipc sockets: delivery, isolation, death and return of the engine, health."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+import zmq
+import zmq.asyncio
+
+from lightllm import messages
+from lightllm.errors import LightLLMError
+from lightllm.frontend.engine_client import EngineClient, FinishRate
+from lightllm.messages import (
+    AbortAll,
+    AbortRequest,
+    EngineDown,
+    EngineOutput,
+    EngineRequest,
+    EngineStats,
+    EngineUp,
+    Ping,
+    Pong,
+    RequestOutput,
+    ToEngine,
+)
+from lightllm.sampling_params import SamplingParams
+from tests.fakes import FakeEngineClient
+
+
+class EngineEnd:
+    """The engine's two sockets, and what came in."""
+
+    def __init__(self, folder: Path, epoch: int) -> None:
+        self.context = zmq.asyncio.Context()
+        self.inbox = self.context.socket(zmq.PULL)
+        self.outbox = self.context.socket(zmq.PUSH)
+        self.address, self.reply_address = f"ipc://{folder}/e{epoch}", f"ipc://{folder}/f"
+        self.inbox.bind(self.address)
+        self.outbox.connect(self.reply_address)
+        info = FakeEngineClient().info
+        assert info is not None
+        self.up = EngineUp(epoch=epoch, address=self.address, reply_address=self.reply_address, info=info)
+
+    async def receive(self) -> ToEngine:
+        return messages.decode(await asyncio.wait_for(self.inbox.recv(), 5), ToEngine)
+
+    async def send(self, *outputs: RequestOutput) -> None:
+        stats = EngineStats(requests_running=len(outputs), step_phase="decode")
+        await self.outbox.send(messages.encode(EngineOutput(outputs=list(outputs), stats=stats)))
+
+    def close(self) -> None:
+        self.context.destroy(linger=0)
+
+
+class Sink:
+    def __init__(self, fails: bool = False) -> None:
+        self.outputs: list[RequestOutput] = []
+        self.fails = fails
+        self.event = asyncio.Event()
+
+    def on_output(self, output: RequestOutput) -> None:
+        self.outputs.append(output)
+        self.event.set()
+        if self.fails and output.error is None:
+            raise ValueError("a bug")
+
+    async def next(self) -> RequestOutput:
+        await asyncio.wait_for(self.event.wait(), 5)
+        self.event.clear()
+        return self.outputs[-1]
+
+
+def request(request_id: str) -> EngineRequest:
+    return EngineRequest(request_id=request_id, prompt_token_ids=[1], sampling_params=SamplingParams())
+
+
+def run(test: Callable[[EngineClient, EngineEnd], Awaitable[None]], folder: Path) -> None:
+    async def main() -> None:
+        end, client = EngineEnd(folder, 0), EngineClient()
+        try:
+            client.connect(end.up)
+            assert isinstance(await end.receive(), AbortAll)
+            await asyncio.wait_for(test(client, end), 20)
+        finally:
+            client.close()
+            end.close()
+
+    asyncio.run(main())
+
+
+def test_outputs_reach_their_sinks_and_bugs_stay_where_they_are(tmp_path: Path) -> None:
+    async def test(client: EngineClient, end: EngineEnd) -> None:
+        good, bad = Sink(), Sink(fails=True)
+        for name, sink in (("good", good), ("bad", bad)):
+            client.submit(request(name), sink)
+            got = await end.receive()
+            assert isinstance(got, EngineRequest)
+            assert got.request_id == name
+        await end.send(
+            RequestOutput(request_id="bad", new_token_ids=[5]),
+            RequestOutput(request_id="unknown", new_token_ids=[5]),
+            RequestOutput(request_id="good", new_token_ids=[6], finish_reason="length"),
+        )
+        assert (await good.next()).new_token_ids == [6]
+        assert bad.outputs[-1].error is not None
+        assert bad.outputs[-1].error.code == "internal"
+        assert await end.receive() == AbortRequest(request_id="bad")
+        assert client.num_live == 0
+        assert client.stats.step_phase == "decode"
+
+    run(test, tmp_path)
+
+
+def test_a_dead_engine_fails_its_requests_and_the_next_one_serves(tmp_path: Path) -> None:
+    async def test(client: EngineClient, end: EngineEnd) -> None:
+        sink = Sink()
+        client.submit(request("a"), sink)
+        client.disconnect(EngineDown(epoch=0, reason="killed by SIGKILL", is_restarting=True))
+        assert sink.outputs[-1].error is not None
+        assert sink.outputs[-1].error.code == "engine_down"
+        assert "SIGKILL" in sink.outputs[-1].error.message
+        with pytest.raises(LightLLMError) as caught:
+            client.submit(request("b"), sink)
+        assert (caught.value.code, caught.value.retry_after_s) == ("engine_down", 5)
+        assert await client.find_fault() == "engine: killed by SIGKILL"
+        following = EngineEnd(tmp_path, 1)
+        try:
+            client.connect(following.up)
+            assert isinstance(await following.receive(), AbortAll)
+            client.disconnect(EngineDown(epoch=0, reason="late news", is_restarting=True))
+            client.submit(request("c"), sink)
+            await following.receive()
+            sink.event.clear()
+            await following.send(RequestOutput(request_id="c", new_token_ids=[1], finish_reason="stop"))
+            assert (await sink.next()).new_token_ids == [1]
+            assert client.restarts_total == 1
+        finally:
+            following.close()
+
+    run(test, tmp_path)
+
+
+def test_health_asks_only_after_silence_and_names_the_stuck_part(tmp_path: Path, monkeypatch) -> None:
+    async def test(client: EngineClient, end: EngineEnd) -> None:
+        assert await client.find_fault() is None
+        monkeypatch.setattr("lightllm.frontend.engine_client.HEARD_LIMIT_S", 0.0)
+        asked = asyncio.create_task(client.find_fault())
+        ping = await end.receive()
+        assert isinstance(ping, Ping)
+        await end.outbox.send(messages.encode(Pong(nonce=ping.nonce, stats=EngineStats(kv_used_tokens=3))))
+        assert await asked is None
+        assert client.stats.kv_used_tokens == 3
+        monkeypatch.setattr("lightllm.frontend.engine_client.PING_LIMIT_S", 0.05)
+        await asyncio.sleep(0.1)
+        assert "no answer" in str(await client.find_fault())
+
+    run(test, tmp_path)
+
+
+def test_a_damaged_message_is_dropped(tmp_path: Path) -> None:
+    async def test(client: EngineClient, end: EngineEnd) -> None:
+        sink = Sink()
+        client.submit(request("a"), sink)
+        await end.outbox.send(b"\xc1 not msgpack")
+        await end.send(RequestOutput(request_id="a", new_token_ids=[2]))
+        assert (await sink.next()).new_token_ids == [2]
+
+    run(test, tmp_path)
+
+
+def test_loading_is_not_down() -> None:
+    async def main() -> None:
+        client = EngineClient()
+        with pytest.raises(LightLLMError) as caught:
+            client.require_up()
+        assert caught.value.code == "loading"
+        assert await client.find_fault() == "engine: loading"
+        client.close()
+
+    asyncio.run(main())
+
+
+def test_retry_after_follows_the_measured_rate(monkeypatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("lightllm.frontend.engine_client.time.monotonic", lambda: now)
+    rate = FinishRate()
+    assert rate.wait_s(100) == 1
+    for _ in range(10):
+        now += 1.0
+        rate.add()
+    assert rate.wait_s(20) == pytest.approx(20, abs=3)
+    assert rate.wait_s(1000) == 60
