@@ -1,0 +1,82 @@
+"""A child process's ends of the two pipes that join it to its supervisor.
+
+Frames (4 bytes little-endian length, then one msgpack message) come in on stdin and go out on what was
+stdout; stdout itself is redirected to stderr, so that a library that prints cannot damage a frame. When stdin
+ends, the parent is gone and so is the child's reason to live.
+"""
+
+import os
+import struct
+import threading
+from collections.abc import Callable
+
+from lightllm import messages
+from lightllm.messages import ChildConfig, FromChild, ToChild
+
+LENGTH = struct.Struct("<I")
+MAX_FRAME_BYTES = 16 * 1024 * 1024
+
+
+def frame(message: ToChild | FromChild) -> bytes:
+    """Put a message's length in front of it."""
+    data = messages.encode(message)
+    return LENGTH.pack(len(data)) + data
+
+
+def read_frame(fd: int) -> ToChild | None:
+    """Read one frame; None at the end of the stream. Blocks."""
+    head = _read_exactly(fd, LENGTH.size)
+    if head is None:
+        return None
+    (length,) = LENGTH.unpack(head)
+    if length > MAX_FRAME_BYTES:
+        raise ValueError(f"a frame of {length} bytes from the supervisor; the limit is {MAX_FRAME_BYTES}")
+    data = _read_exactly(fd, length)
+    return None if data is None else messages.decode(data, ToChild)
+
+
+def _read_exactly(fd: int, size: int) -> bytes | None:
+    # os.read rather than sys.stdin: a thread blocked in a buffered stdin cannot be left behind at exit.
+    data = b""
+    while len(data) < size:
+        piece = os.read(fd, size - len(data))
+        if not piece:
+            return None
+        data += piece
+    return data
+
+
+class Parent:
+    """The supervisor, as its child sees it."""
+
+    def __init__(self) -> None:
+        self._status_fd = os.dup(1)
+        os.dup2(2, 1)
+        self._lock = threading.Lock()
+
+    def read_config(self) -> ChildConfig:
+        """The first frame; exits quietly when the parent has already gone."""
+        message = read_frame(0)
+        if not isinstance(message, ChildConfig):
+            raise SystemExit(1)
+        return message
+
+    def send(self, message: FromChild) -> None:
+        """Report to the supervisor; a supervisor that is gone is not an error here."""
+        data = frame(message)
+        with self._lock:
+            try:
+                while data:
+                    data = data[os.write(self._status_fd, data) :]
+            except BrokenPipeError:
+                pass
+
+    def watch(self, on_message: Callable[[ToChild], None], on_gone: Callable[[], None]) -> None:
+        """Hand every further frame to `on_message`, in a thread of its own; `on_gone` at the end of stdin."""
+
+        def read() -> None:
+            while (message := read_frame(0)) is not None:
+                on_message(message)
+            on_gone()
+
+        threading.Thread(target=read, name="parent", daemon=True).start()

@@ -1,0 +1,136 @@
+"""From a resolved configuration to running processes: bind, start, show progress, print the ready line.
+
+Runs in the process that the user started. Knows which role needs which processes; the supervisor keeps them
+alive.
+"""
+
+import asyncio
+import logging
+import os
+import shutil
+import socket
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lightllm.config import FLAGS, Config
+from lightllm.errors import BindError
+from lightllm.messages import ChildProgress, EngineInfo
+from lightllm.server.supervisor import Supervisor
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+logger = logging.getLogger(__name__)
+
+LISTEN_BACKLOG = 2048
+
+
+def launch(config: Config) -> int:
+    """Serve until stopped; returns the exit code.
+
+    Raises:
+        BindError: the HTTP address is taken or not of this machine.
+    """
+    listener = bind(config.server.host, config.server.port)
+    directory = Path(tempfile.mkdtemp(prefix="lightllm-"))  # made with mode 0700
+    display = ProgressDisplay()
+
+    def on_ready(info: EngineInfo) -> None:
+        display.close()
+        announce(config, listener, info)
+
+    supervisor = Supervisor(config, [listener], directory, child_environment(config), display.show, on_ready)
+    try:
+        return asyncio.run(supervisor.run())
+    finally:
+        display.close()
+        listener.close()
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Bind and listen before anything is loaded, so that a taken port costs no one a minute."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(LISTEN_BACKLOG)
+    except OSError as error:
+        raise BindError(
+            f"cannot listen on {host}:{port}: {error.strerror or error}; "
+            "choose another address with --host and --port (0 takes a free port)"
+        ) from error
+    return listener
+
+
+def announce(config: Config, listener: socket.socket, info: EngineInfo) -> None:
+    """Print the one ready line on stdout, and a command to try on stderr."""
+    host, port = listener.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    url = f"http://{shown}:{port}"
+    print(
+        f"ready: {url} model={config.model.served_model_name[0]} mode={config.server.run_mode} "
+        f"device={info.device} kv_tokens={info.kv_total_tokens} load={info.load_s:.1f}",
+        flush=True,
+    )
+    reachable = url if host not in ("0.0.0.0", "::") else f"http://127.0.0.1:{port}"
+    print(
+        f"try:\n  curl {reachable}/generate -H 'Content-Type: application/json' \\\n"
+        """    -d '{"inputs":"What is AI?","parameters":{"max_new_tokens":17,"frequency_penalty":1}}'\n"""
+        f"or open {reachable}/ in a browser",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def child_environment(config: Config) -> dict[str, str]:
+    """The parent's environment, plus what libraries read before they are imported, less our secrets.
+
+    Children get their configuration through a pipe, where secrets belong.
+    """
+    secrets = {f"LIGHTLLM_{name.upper()}" for name, spec in FLAGS.items() if spec.flag.is_secret}
+    environment = {name: value for name, value in os.environ.items() if name not in secrets}
+    environment["OMP_NUM_THREADS"] = str(config.environment.omp_num_threads)
+    return environment
+
+
+class ProgressDisplay:
+    """Loading progress: a bar on a terminal, one log line per stage elsewhere."""
+
+    def __init__(self) -> None:
+        self._bar: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+        self._logged: set[str] = set()
+
+    def show(self, progress: ChildProgress) -> None:
+        """Take one report of a child."""
+        if not sys.stderr.isatty():
+            if progress.stage not in self._logged:
+                self._logged.add(progress.stage)
+                logger.info("%s", progress.stage)
+            return
+        if self._bar is None:
+            self._bar = _new_bar()
+            self._bar.start()
+        if progress.stage not in self._tasks:
+            self._tasks[progress.stage] = self._bar.add_task(progress.stage, total=progress.total or None)
+        self._bar.update(self._tasks[progress.stage], completed=progress.done, total=progress.total or None)
+
+    def close(self) -> None:
+        """Leave the finished bars on the screen."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def _new_bar() -> "Progress":
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+    return Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True))

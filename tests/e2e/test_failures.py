@@ -1,0 +1,183 @@
+"""Fault drills with real processes: nothing hangs, nothing is lost silently, health tells the truth."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import httpx
+import pytest
+
+from tests.e2e.conftest import Server, stream_events
+
+LONG = {"inputs": "Once upon a time", "parameters": {"max_new_tokens": 3000, "ignore_eos": True}}
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("e2e")]
+
+
+def exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_a_killed_engine_fails_its_requests_at_once_and_comes_back(start) -> None:
+    server: Server = start()
+    engine = server.children()["engine"]
+    with server.client.stream("POST", "/generate_stream", json=LONG) as reply:
+        events = stream_events(reply)
+        next(events)
+        os.kill(engine, signal.SIGKILL)
+        killed = time.monotonic()
+        last = list(events)[-1]
+    assert time.monotonic() - killed < 2
+    assert last["finish_reason"] == "error"
+    assert last["finished"] is True
+    assert last["error"]["code"] == "engine_down"
+    assert "SIGKILL" in last["message"]
+    assert server.client.get("/health").status_code == 503
+    reply = server.client.post("/generate", json=LONG)
+    assert reply.status_code == 503
+    assert reply.json()["error"]["code"] == "engine_down"
+    assert int(reply.headers["retry-after"]) >= 1
+    server.wait_until(lambda: server.client.get("/readiness").status_code == 200)
+    assert server.children()["engine"] != engine
+    assert server.generate("Hello", max_new_tokens=3)["count_output_tokens"] == 3
+    assert server.metric("engine_restarts_total") == 1
+
+
+def test_a_killed_frontend_comes_back_on_the_same_port_and_leaves_no_orphans(start) -> None:
+    server: Server = start()
+    with server.client.stream("POST", "/generate_stream", json=LONG) as reply:
+        events = stream_events(reply)
+        next(events)
+        os.kill(server.children()["frontend"], signal.SIGKILL)
+        with pytest.raises(httpx.TransportError):
+            list(events)
+    server.wait_until(lambda: server.client.get("/readiness").status_code == 200)
+    assert server.generate("Hello", max_new_tokens=3)["count_output_tokens"] == 3
+    server.wait_until(lambda: server.metric("requests_running") == 0)
+    assert server.metric("kv_used_tokens") == 0
+
+
+def test_a_frozen_engine_turns_health_red_and_loses_nothing(start) -> None:
+    server: Server = start()
+    engine = server.children()["engine"]
+    os.kill(engine, signal.SIGSTOP)
+    try:
+        answers: list[dict] = []
+        thread = threading.Thread(target=lambda: answers.append(server.generate("Hello", max_new_tokens=5)))
+        thread.start()
+        server.wait_until(lambda: server.client.get("/health").status_code == 503)
+        assert server.client.get("/liveness").status_code == 200
+    finally:
+        os.kill(engine, signal.SIGCONT)
+    thread.join(timeout=20)
+    assert answers[0]["count_output_tokens"] == 5
+    assert server.client.get("/health").status_code == 200
+
+
+def test_restart_policy_never_ends_the_node(start) -> None:
+    server: Server = start("--restart_policy", "never")
+    os.kill(server.children()["engine"], signal.SIGKILL)
+    assert server.process.wait(timeout=10) == 1
+
+
+def test_sigterm_lets_running_requests_finish_and_refuses_new_ones(start) -> None:
+    server: Server = start()
+    body = {"inputs": "Once", "parameters": {"max_new_tokens": 1000, "ignore_eos": True}}
+    with server.client.stream("POST", "/generate_stream", json=body) as reply:
+        events = stream_events(reply)
+        next(events)
+        server.process.send_signal(signal.SIGTERM)
+        server.wait_until(lambda: server.client.get("/readiness").status_code == 503)
+        refused = server.client.post("/generate", json=body)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
+        last = list(events)[-1]
+    assert last["finish_reason"] == "length"
+    assert last["token"]["count_output_tokens"] == 1000
+    assert server.process.wait(timeout=10) == 0
+
+
+def test_drain_timeout_ends_what_does_not_finish(start) -> None:
+    server: Server = start("--drain_timeout", "1")
+    with server.client.stream("POST", "/generate_stream", json=LONG) as reply:
+        events = stream_events(reply)
+        next(events)
+        server.process.send_signal(signal.SIGTERM)
+        last = list(events)[-1]
+    assert last["finish_reason"] == "error"
+    assert last["error"]["code"] == "draining"
+    assert server.process.wait(timeout=10) == 0
+
+
+def test_children_do_not_outlive_a_killed_supervisor(start) -> None:
+    server: Server = start()
+    children = server.children()
+    assert set(children) == {"engine", "frontend"}
+    server.process.kill()
+    server.process.wait()
+    end = time.monotonic() + 10
+    while any(exists(pid) for pid in children.values()) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not [name for name, pid in children.items() if exists(pid)]
+
+
+def test_a_client_that_leaves_frees_its_kv(start) -> None:
+    server: Server = start()
+    with server.client.stream("POST", "/generate_stream", json=LONG) as reply:
+        events = stream_events(reply)  # kept: a generator that is dropped closes its stream
+        next(events)
+        server.wait_until(lambda: server.metric("requests_running") == 1)
+    server.wait_until(lambda: server.metric("requests_running") == 0, timeout_s=2)
+    assert server.metric("kv_used_tokens") == 0
+
+
+def test_a_full_queue_answers_429(start) -> None:
+    server: Server = start("--running_max_req_size", "1", "--max_queued_requests", "1")
+    with server.client.stream("POST", "/generate_stream", json=LONG) as first:
+        events = stream_events(first)
+        next(events)
+        thread = threading.Thread(
+            target=lambda: server.client.post("/generate", json={**LONG, "timeout_s": 3})
+        )
+        thread.start()
+        server.wait_until(lambda: server.metric("requests_waiting") == 1)
+        refused = server.client.post("/generate", json=LONG)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
+        assert 1 <= int(refused.headers["retry-after"]) <= 60
+        thread.join()
+
+
+def test_a_deadline_ends_a_request(start) -> None:
+    server: Server = start()
+    began = time.monotonic()
+    reply = server.client.post("/generate", json={**LONG, "timeout_s": 0.5})
+    assert (reply.status_code, reply.json()["error"]["code"]) == (504, "deadline")
+    assert time.monotonic() - began < 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "words"),
+    [
+        (["--model_dir", "/no/such/folder"], 3, "/no/such/folder"),
+        (["--no_such_flag"], 2, "--no_such_flag"),
+        (["--host", "203.0.113.7"], 4, "203.0.113.7"),
+        (["--max_total_token_num", "900000000"], 3, "--max_total_token_num"),
+    ],
+)
+def test_start_up_errors_are_one_readable_block_with_their_exit_code(flags, code, words) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "lightllm.server.api_server", "--port", "0", *flags],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == code, done.stderr
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
