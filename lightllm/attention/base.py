@@ -4,11 +4,29 @@ Split by how often a thing happens: `plan` once a step, `forward` once a layer. 
 """
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from lightllm.device.forward_batch import ForwardBatch
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionLayer:
+    """What attention has to know of the layer it computes; fixed when the model is made.
+
+    Attributes:
+        index: of the layer in the pool.
+        scale: scores are multiplied by it.
+        window: a token attends to itself and the window - 1 tokens before it; None: to all before it.
+        softcap: scores s become softcap * tanh(s / softcap); None: they stay.
+    """
+
+    index: int
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
 
 
 class AttentionBackend(ABC):
@@ -25,14 +43,14 @@ class AttentionBackend(ABC):
         """Work out what is the same for all layers; the caller stores it in `batch.plan`."""
 
     @abstractmethod
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, layer: int, batch: ForwardBatch) -> Tensor:
-        """Write the new keys and values into the pool and attend; scores are scaled by head_dim ** -0.5.
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer, batch: ForwardBatch) -> Tensor:
+        """Write the new keys and values into the pool and attend.
 
         Args:
             q: [num_tokens, num_q_heads, head_dim], after rotary; heads [g * i, g * (i + 1)) share KV head i,
                 with g = num_q_heads / num_kv_heads. May be strided.
             k, v: [num_tokens, num_kv_heads, head_dim], the dtype of the pool, k after rotary. May be strided.
-            layer: index into the pool.
+            layer: see AttentionLayer.
             batch: the step, with `plan` set.
 
         Returns:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightllm.attention.base import AttentionBackend
+from lightllm.attention.base import AttentionBackend, AttentionLayer
 from lightllm.device.forward_batch import ForwardBatch
 
 # Decoding sequences up to this length are gathered and computed together (measured: beyond it views win).
@@ -87,9 +87,9 @@ class CpuAttention(AttentionBackend):
             sequences=tuple(_plan_sequence(batch, i) for i in range(len(batch.rows)) if i not in grouped),
         )
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, layer: int, batch: ForwardBatch) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer, batch: ForwardBatch) -> Tensor:
         """See the base class."""
-        pool_k, pool_v = batch.kv_pool.k[layer], batch.kv_pool.v[layer]
+        pool_k, pool_v = batch.kv_pool.k[layer.index], batch.kv_pool.v[layer.index]
         pool_k.index_copy_(0, batch.out_slots, k)
         pool_v.index_copy_(0, batch.out_slots, v)
         out = torch.empty(q.shape, dtype=q.dtype)

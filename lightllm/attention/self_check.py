@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightllm.attention.base import AttentionBackend
+from lightllm.attention.base import AttentionBackend, AttentionLayer
 from lightllm.device.forward_batch import ForwardBatch
 from lightllm.device.kv_pool import KVPool
 from lightllm.model_config import ModelConfig
@@ -68,7 +68,7 @@ def compute(backend: AttentionBackend, case: Case, config: ModelConfig, dtype: t
     batch = _batch(case, pool)
     with torch.inference_mode():
         batch.plan = backend.plan(batch)
-        out = backend.forward(q, k, v, 0, batch)
+        out = backend.forward(q, k, v, AttentionLayer(0, config.head_dim**-0.5), batch)
     return Outcome(out, pool.k[0], pool.v[0])
 
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightllm.attention.base import AttentionBackend
+from lightllm.attention.base import AttentionBackend, AttentionLayer
 from lightllm.device.forward_batch import ForwardBatch
 
 
@@ -50,9 +50,9 @@ class TorchRefAttention(AttentionBackend):
             )
         return sequences
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, layer: int, batch: ForwardBatch) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer, batch: ForwardBatch) -> Tensor:
         """See the base class."""
-        pool_k, pool_v = batch.kv_pool.k[layer], batch.kv_pool.v[layer]
+        pool_k, pool_v = batch.kv_pool.k[layer.index], batch.kv_pool.v[layer.index]
         pool_k[batch.out_slots] = k
         pool_v[batch.out_slots] = v
         group = q.shape[1] // k.shape[1]

@@ -1,22 +1,36 @@
-"""Gated activations of the MLP."""
+"""Gated activations of the MLP: which there are, by the names of HF configs."""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import cast
 
 from torch import Tensor
-from torch.nn import functional
 
 from lightllm.errors import ModelLoadError
+from lightllm.layers.ops import Ops
+
+# A config's `hidden_act` -> the method of Ops that computes act(gate) * up.
+ACTIVATIONS: Mapping[str, str] = MappingProxyType(
+    {
+        "silu": "silu_and_mul",
+        "swish": "silu_and_mul",
+        "gelu_new": "gelu_and_mul",
+        "gelu_pytorch_tanh": "gelu_and_mul",
+    }
+)
 
 
 def check_activation(name: str) -> None:
-    """Refuse every `hidden_act` but silu, the only one whose gated form is here.
+    """Refuse what is not in the table.
 
     Raises:
-        ModelLoadError: naming what the config asks for.
+        ModelLoadError: naming what the config asks for and what there is.
     """
-    if name not in ("silu", "swish"):
-        raise ModelLoadError(f"config.json: hidden_act: got {name!r}, supported is 'silu'")
+    if name not in ACTIVATIONS:
+        known = ", ".join(sorted(ACTIVATIONS))
+        raise ModelLoadError(f"config.json: hidden_act: got {name!r}, supported are {known}")
 
 
-def silu_and_mul(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up, for [..., 2 * n] with the gate in the first half; a new tensor [..., n]."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return functional.silu(gate).mul_(up)
+def gated_activation(name: str, ops: Ops) -> Callable[[Tensor], Tensor]:
+    """Return the function act(gate) * up of [n, 2 * size], the gate first, for a config's `hidden_act`."""
+    return cast(Callable[[Tensor], Tensor], getattr(ops, ACTIVATIONS[name]))

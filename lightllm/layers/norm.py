@@ -1,7 +1,8 @@
 """Root-mean-square normalisation."""
 
-import torch
 from torch import Tensor
+
+from lightllm.layers.ops import Ops
 
 
 class RMSNorm:
@@ -12,16 +13,18 @@ class RMSNorm:
     Args:
         weight: [size].
         eps: added to the mean square.
+        ops: computes it.
     """
 
-    def __init__(self, weight: Tensor, eps: float) -> None:
+    def __init__(self, weight: Tensor, eps: float, ops: Ops) -> None:
         self.weight = weight
-        self._eps = torch.tensor(eps, dtype=torch.float32, device=weight.device)
-        self._inverse_size = 1.0 / weight.shape[0]
+        self.eps = eps
+        self.ops = ops
 
     def __call__(self, x: Tensor) -> Tensor:
         """Normalise [..., size] into a new tensor."""
-        # Measured on a CPU, 16 rows of 576: 15 us, functional.rms_norm 31 us.
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)  # [..., 1]
-        scale = torch.addcmul(self._eps, norm, norm, value=self._inverse_size).rsqrt_()
-        return (x * scale).to(x.dtype).mul_(self.weight)
+        return self.ops.rms_norm(x, self.weight, self.eps)
+
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        """residual += x in place, [n, size] both; return its norm as a new tensor."""
+        return self.ops.add_rms_norm(x, residual, self.weight, self.eps)

@@ -19,25 +19,13 @@ from lightllm.model_config import ModelConfig
 class RotaryEmbedding:
     """Angles of a model's positions."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        self.frequencies = rotary_frequencies(config)  # [head_dim / 2] float32
+    def __init__(self, config: ModelConfig, device: torch.device | str = "cpu") -> None:
+        self.frequencies = rotary_frequencies(config).to(device)  # [rotary_dim / 2] float32
 
-    def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return cos and sin for `apply_rotary`, each [n, 1, head_dim], of positions [n] int64."""
-        angles = positions[:, None].float() * self.frequencies  # [n, head_dim / 2]
-        cos, sin = angles.cos(), angles.sin()
-        cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-        return cos[:, None].to(dtype), sin[:, None].to(dtype)
-
-
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate heads [n, num_heads, head_dim] into a new tensor.
-
-    (a, b) -> (a cos - b sin, b cos + a sin) for the halves a, b of a head; `sin` brings the minus along.
-    """
-    half = x.shape[-1] // 2
-    swapped = torch.cat((x[..., half:], x[..., :half]), dim=-1)
-    return (x * cos).addcmul_(swapped, sin)
+    def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cos and sin for `Ops.rotate_`, each [n, rotary_dim / 2] float32, of positions [n] int64."""
+        angles = positions[:, None].float() * self.frequencies
+        return angles.cos(), angles.sin()
 
 
 def rotary_frequencies(config: ModelConfig) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 
 from lightllm.attention.base import AttentionBackend
 from lightllm.errors import ModelLoadError
+from lightllm.layers.ops import Ops
 from lightllm.model_config import ModelConfig
 from lightllm.models.base import Model
 from lightllm.models.loader import Progress, load_weights, unused_names
@@ -46,6 +47,7 @@ def load_model(
     *,
     dtype: torch.dtype,
     backend: AttentionBackend,
+    ops: Ops,
     num_threads: int,
     progress: Progress,
     packed: bool = False,
@@ -57,9 +59,10 @@ def load_model(
         source: its tensors.
         dtype: to compute in.
         backend: its attention.
+        ops: everything else that its layers compute.
         num_threads: that read and unpack weights at once.
         progress: called as `progress(done, total)`, counting weights.
-        packed: keep quantised weights as stored: an eighth of the memory of float32, and slow.
+        packed: keep quantised weights as stored: an eighth of the memory of float32, and slow in plain torch.
 
     Raises:
         ModelLoadError: unknown architecture, or a tensor is missing or does not fit the config.
@@ -68,8 +71,8 @@ def load_model(
     cls.check(config)
     specs = cls.weight_specs(config)
     weights = load_weights(
-        specs, source, dtype=dtype, num_threads=num_threads, progress=progress, packed=packed
+        specs, source, dtype=dtype, ops=ops, num_threads=num_threads, progress=progress, packed=packed
     )
     if unused := unused_names(specs, source):
         logger.warning("%d tensors are not used, among them %s", len(unused), ", ".join(unused[:3]))
-    return cls(config, weights, backend)
+    return cls(config, weights, backend, ops)

@@ -13,6 +13,7 @@ from torch import Tensor
 from lightllm.attention.base import AttentionBackend
 from lightllm.device.forward_batch import ForwardBatch
 from lightllm.layers.linear import LinearMethod
+from lightllm.layers.ops import Ops
 from lightllm.model_config import ModelConfig
 
 
@@ -73,14 +74,16 @@ class Model(ABC):
         config: its dimensions.
         weights: what `weight_specs` asked for.
         backend: its attention.
+        ops: everything else that its layers compute.
 
     Attributes:
         num_bytes: memory that the weights take.
     """
 
-    def __init__(self, config: ModelConfig, weights: Weights, backend: AttentionBackend) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights, backend: AttentionBackend, ops: Ops) -> None:
         self.config = config
         self.backend = backend
+        self.ops = ops
         self.num_bytes = weights.num_bytes
 
     @classmethod

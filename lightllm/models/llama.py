@@ -1,14 +1,16 @@
 """Llama, and the models that are built like it (SmolLM2, TinyLlama, Yi, ...)."""
 
+import torch
 from torch import Tensor
 
-from lightllm.attention.base import AttentionBackend
+from lightllm.attention.base import AttentionBackend, AttentionLayer
 from lightllm.device.forward_batch import ForwardBatch
 from lightllm.errors import ModelLoadError
-from lightllm.layers.activation import check_activation, silu_and_mul
+from lightllm.layers.activation import check_activation, gated_activation
 from lightllm.layers.embedding import Embedding
 from lightllm.layers.norm import RMSNorm
-from lightllm.layers.rotary import RotaryEmbedding, apply_rotary, rotary_frequencies
+from lightllm.layers.ops import Ops
+from lightllm.layers.rotary import RotaryEmbedding, rotary_frequencies
 from lightllm.model_config import ModelConfig
 from lightllm.models.base import LinearSpec, Model, VectorSpec, Weights, WeightSpecs
 
@@ -47,48 +49,58 @@ class LlamaForCausalLM(Model):
             vectors[f"{i}.mlp_norm"] = VectorSpec(f"{layer}.post_attention_layernorm.weight", hidden)
         return WeightSpecs(linears, vectors)
 
-    def __init__(self, config: ModelConfig, weights: Weights, backend: AttentionBackend) -> None:
-        super().__init__(config, weights, backend)
+    def __init__(self, config: ModelConfig, weights: Weights, backend: AttentionBackend, ops: Ops) -> None:
+        super().__init__(config, weights, backend, ops)
         self.embed = Embedding(weights.linears["embed"])
         self.rotary = RotaryEmbedding(config)
-        self.layers = [LlamaLayer(config, weights, i, backend) for i in range(config.num_hidden_layers)]
-        self.norm = RMSNorm(weights.vectors["norm"], config.rms_norm_eps)
+        self.layers = [LlamaLayer(config, weights, i, backend, ops) for i in range(config.num_hidden_layers)]
+        self.norm = RMSNorm(weights.vectors["norm"], config.rms_norm_eps, ops)
         self.lm_head = weights.linears["embed" if config.tie_word_embeddings else "lm_head"]
 
     def __call__(self, input_ids: Tensor, positions: Tensor, batch: ForwardBatch) -> Tensor:
-        hidden = self.embed(input_ids)  # [num_tokens, hidden_size]
-        cos, sin = self.rotary(positions, hidden.dtype)  # each [num_tokens, 1, head_dim]
+        x = self.embed(input_ids)  # [num_tokens, hidden_size]
+        residual = torch.zeros_like(x)
+        cos, sin = self.rotary(positions)  # each [num_tokens, head_dim / 2]
         for layer in self.layers:
-            hidden = layer(hidden, cos, sin, batch)
-        return self.norm(hidden)
+            x = layer(x, residual, cos, sin, batch)
+        return self.norm.add(x, residual)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.lm_head(hidden).float()  # [n, vocab_size]
 
 
 class LlamaLayer:
-    """One decoder layer. Adds to the hidden states in place."""
+    """One decoder layer."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, index: int, backend: AttentionBackend) -> None:
-        self.index = index
+    def __init__(
+        self, config: ModelConfig, weights: Weights, index: int, backend: AttentionBackend, ops: Ops
+    ) -> None:
         self.backend = backend
+        self.ops = ops
+        self.attention_layer = AttentionLayer(index, config.head_dim**-0.5)
         self.num_q_heads = config.num_attention_heads
         self.num_qk_heads = config.num_attention_heads + config.num_key_value_heads
         self.head_dim = config.head_dim
-        self.attn_norm = RMSNorm(weights.vectors[f"{index}.attn_norm"], config.rms_norm_eps)
+        self.activation = gated_activation(config.hidden_act, ops)
+        self.attn_norm = RMSNorm(weights.vectors[f"{index}.attn_norm"], config.rms_norm_eps, ops)
         self.qkv = weights.linears[f"{index}.qkv"]
         self.o = weights.linears[f"{index}.o"]
-        self.mlp_norm = RMSNorm(weights.vectors[f"{index}.mlp_norm"], config.rms_norm_eps)
+        self.mlp_norm = RMSNorm(weights.vectors[f"{index}.mlp_norm"], config.rms_norm_eps, ops)
         self.gate_up = weights.linears[f"{index}.gate_up"]
         self.down = weights.linears[f"{index}.down"]
 
-    def __call__(self, hidden: Tensor, cos: Tensor, sin: Tensor, batch: ForwardBatch) -> Tensor:
-        hidden += self._attention(self.attn_norm(hidden), cos, sin, batch)
-        hidden += self.down(silu_and_mul(self.gate_up(self.mlp_norm(hidden))))
-        return hidden  # [num_tokens, hidden_size]
+    def __call__(self, x: Tensor, residual: Tensor, cos: Tensor, sin: Tensor, batch: ForwardBatch) -> Tensor:
+        """Return what the layer's MLP adds to the residual; what comes in is added to it in place."""
+        x = self._attention(self.attn_norm.add(x, residual), cos, sin, batch)
+        x = self.mlp_norm.add(x, residual)
+        return self.down(self.activation(self.gate_up(x)))  # [num_tokens, hidden_size]
 
     def _attention(self, x: Tensor, cos: Tensor, sin: Tensor, batch: ForwardBatch) -> Tensor:
         qkv = self.qkv(x).view(x.shape[0], -1, self.head_dim)  # [num_tokens, q + k + v heads, head_dim]
-        qk = apply_rotary(qkv[:, : self.num_qk_heads], cos, sin)
-        q, k, v = qk[:, : self.num_q_heads], qk[:, self.num_q_heads :], qkv[:, self.num_qk_heads :]
-        return self.o(self.backend.forward(q, k, v, self.index, batch))  # [num_tokens, hidden_size]
+        self.ops.rotate_(qkv[:, : self.num_qk_heads], cos, sin)
+        q, k, v = (
+            qkv[:, : self.num_q_heads],
+            qkv[:, self.num_q_heads : self.num_qk_heads],
+            qkv[:, self.num_qk_heads :],
+        )
+        return self.o(self.backend.forward(q, k, v, self.attention_layer, batch))

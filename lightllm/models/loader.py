@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from lightllm.errors import ModelLoadError
-from lightllm.layers.linear import DenseLinear, LinearMethod, PackedLinear, stack_rows, unpack_tiles
+from lightllm.layers.linear import LinearMethod, stack_rows, unpack_tiles
+from lightllm.layers.ops import Ops
 from lightllm.models.base import LinearSpec, VectorSpec, Weights, WeightSpecs
 from lightllm.weights.base import PackedTensor, WeightSource
 
@@ -26,6 +27,7 @@ def load_weights(
     source: WeightSource,
     *,
     dtype: torch.dtype,
+    ops: Ops,
     num_threads: int,
     progress: Progress,
     packed: bool,
@@ -34,6 +36,7 @@ def load_weights(
 
     Args:
         dtype: to compute in.
+        ops: makes the linears.
         num_threads: that read at once.
         progress: called in this thread after each weight.
         packed: keep quantised linears as they are, instead of unpacking them into `dtype`.
@@ -41,7 +44,7 @@ def load_weights(
     Raises:
         ModelLoadError: a tensor is missing, or has another shape than the config says.
     """
-    loader = _Loader(source, dtype, packed)
+    loader = _Loader(source, dtype, ops, packed)
     pool = ThreadPoolExecutor(num_threads, thread_name_prefix="load")
     try:
         linears = {name: pool.submit(loader.linear, spec) for name, spec in specs.linears.items()}
@@ -74,9 +77,10 @@ def _kinds(spec: LinearSpec) -> tuple[str, ...]:
 class _Loader:
     """Loads single weights; its methods run in several threads at once."""
 
-    def __init__(self, source: WeightSource, dtype: torch.dtype, packed: bool) -> None:
+    def __init__(self, source: WeightSource, dtype: torch.dtype, ops: Ops, packed: bool) -> None:
         self.source = source
         self.dtype = dtype
+        self.ops = ops
         self.packed = packed
 
     def linear(self, spec: LinearSpec) -> LinearMethod:
@@ -84,10 +88,10 @@ class _Loader:
         bias = self._bias(spec) if spec.has_bias else None
         packed_parts = [part for part in parts if isinstance(part, PackedTensor)]
         if self.packed and len(packed_parts) == len(parts):
-            return PackedLinear(stack_rows(packed_parts), bias, self.dtype)
+            return self.ops.packed_linear(stack_rows(packed_parts), bias, self.dtype)
         weight = torch.empty(sum(spec.parts.values()), spec.in_features, dtype=self.dtype)
         _fill(weight, itertools.chain.from_iterable(map(_blocks, parts)))
-        return DenseLinear(weight, bias)
+        return self.ops.dense_linear(weight, bias)
 
     def vector(self, spec: VectorSpec) -> Tensor:
         vector = torch.empty(spec.size, dtype=self.dtype)

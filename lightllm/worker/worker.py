@@ -17,6 +17,7 @@ from lightllm.config import Config
 from lightllm.device import device as cpu
 from lightllm.device.kv_pool import KVPool, kv_bytes_per_token
 from lightllm.errors import ModelLoadError
+from lightllm.layers.ops import Ops
 from lightllm.messages import EngineInfo, ScheduledBatch, StepOutput
 from lightllm.model_config import ModelConfig
 from lightllm.models import load_model
@@ -71,12 +72,14 @@ class Worker:
         cpu.set_threads(1)  # the loader's threads would each bring a team of their own
         backend, reason = select_backend(config.engine.attention_backend, model_config, dtype)
         logger.info("attention backend %s: %s", backend.name, reason)
+        ops = Ops()
         free = cpu.free_memory_bytes()
         model = load_model(
             model_config,
             source,
             dtype=dtype,
             backend=backend,
+            ops=ops,
             num_threads=config.environment.loadworker,
             progress=lambda done, total: progress("loading weights", done, total),
         )

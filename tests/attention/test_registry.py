@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lightllm.attention import registry
+from lightllm.attention.base import AttentionLayer
 from lightllm.attention.cpu import CpuAttention
 from lightllm.attention.registry import select_backend
 from lightllm.device.forward_batch import ForwardBatch
@@ -33,7 +34,7 @@ class Wrong(CpuAttention):
     name: ClassVar[str] = "wrong"
 
     def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, batch: ForwardBatch
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: AttentionLayer, batch: ForwardBatch
     ) -> torch.Tensor:
         return super().forward(q, k, v, layer, batch) * torch.nan
 
@@ -53,10 +54,10 @@ class Forgetful(CpuAttention):
     name: ClassVar[str] = "forgetful"
 
     def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, batch: ForwardBatch
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: AttentionLayer, batch: ForwardBatch
     ) -> torch.Tensor:
         out = super().forward(q, k, v, layer, batch)
-        batch.kv_pool.k[layer].zero_()
+        batch.kv_pool.k[layer.index].zero_()
         return out
 
 

@@ -28,7 +28,7 @@ ALLOWED: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "config_server": (),
         "scheduler": (),
         "engine": ("scheduler",),
-        "worker": ("attention", "device", "distributed", "models", "transfer", "weights"),
+        "worker": ("attention", "device", "distributed", "layers", "models", "transfer", "weights"),
         "models": (
             "attention.base",
             "device.forward_batch",

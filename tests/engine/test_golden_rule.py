@@ -10,6 +10,7 @@ import torch
 
 from lightllm.attention.registry import load_backend
 from lightllm.device.kv_pool import KVPool
+from lightllm.layers.ops import Ops
 from lightllm.model_config import ModelConfig
 from lightllm.models import load_model
 from lightllm.sampling_params import SamplingParams
@@ -66,6 +67,7 @@ def model():
         source,
         dtype=torch.float32,
         backend=backend,
+        ops=Ops(),
         num_threads=1,
         progress=lambda done, total: None,
     )

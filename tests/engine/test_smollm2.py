@@ -8,6 +8,7 @@ import torch
 
 from lightllm.attention.registry import load_backend
 from lightllm.device.kv_pool import KVPool
+from lightllm.layers.ops import Ops
 from lightllm.models import load_model
 from lightllm.sampling_params import SamplingParams
 from lightllm.server.model_files import describe_files, locate_model, open_tokenizer
@@ -90,7 +91,13 @@ def model(parts):
     backend = load_backend("torch")
     config, source, _ = parts
     built = load_model(
-        config, source, dtype=torch.float32, backend=backend, num_threads=2, progress=lambda done, total: None
+        config,
+        source,
+        dtype=torch.float32,
+        backend=backend,
+        ops=Ops(),
+        num_threads=2,
+        progress=lambda done, total: None,
     )
     return built, backend
 

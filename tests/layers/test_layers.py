@@ -1,5 +1,6 @@
 """Norm, rotary positions and activation against transformers and plain formulas."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,9 +10,10 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from lightllm.errors import ModelLoadError
-from lightllm.layers.activation import check_activation, silu_and_mul
+from lightllm.layers.activation import check_activation, gated_activation
 from lightllm.layers.norm import RMSNorm
-from lightllm.layers.rotary import RotaryEmbedding, apply_rotary
+from lightllm.layers.ops import Ops
+from lightllm.layers.rotary import RotaryEmbedding
 from lightllm.model_config import ModelConfig
 
 LLAMA3 = {
@@ -46,10 +48,18 @@ def test_rms_norm(dtype: torch.dtype, scale: float) -> None:
     torch.manual_seed(0)
     x, weight = (torch.randn(5, 96) * scale).to(dtype), torch.randn(96).to(dtype)
     kept = x.clone()
-    got = RMSNorm(weight, 1e-5)(x)
+    got = RMSNorm(weight, 1e-5, Ops())(x)
     assert got.dtype == dtype
     assert torch.equal(x, kept)
     torch.testing.assert_close(got, functional.rms_norm(x, (96,), weight, 1e-5))
+
+
+def test_add_rms_norm_changes_the_residual_in_place() -> None:
+    x, residual, weight = torch.randn(5, 96), torch.randn(5, 96), torch.randn(96)
+    total = x + residual
+    got = RMSNorm(weight, 1e-5, Ops()).add(x, residual)
+    assert torch.equal(residual, total)
+    torch.testing.assert_close(got, functional.rms_norm(total, (96,), weight, 1e-5))
 
 
 @pytest.mark.parametrize("scaling", [None, {"rope_type": "linear", "factor": 4.0}, LLAMA3])
@@ -67,8 +77,8 @@ def test_rotary_equals_transformers(scaling: dict[str, Any] | None) -> None:
     x = torch.randn(5, 3, 32)
     cos, sin = LlamaRotaryEmbedding(hf_config)(x, positions[None])
     expected, _ = apply_rotary_pos_emb(x.transpose(0, 1)[None], x.transpose(0, 1)[None], cos, sin)
-    got = apply_rotary(x, *RotaryEmbedding(config(scaling, 5000.0))(positions, torch.float32))
-    torch.testing.assert_close(got, expected[0].transpose(0, 1), rtol=1e-4, atol=1e-4)
+    Ops().rotate_(x, *RotaryEmbedding(config(scaling, 5000.0))(positions))
+    torch.testing.assert_close(x, expected[0].transpose(0, 1), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["yarn", "dynamic"])
@@ -82,13 +92,26 @@ def test_missing_scaling_value_is_named() -> None:
         RotaryEmbedding(config(LLAMA3 | {"low_freq_factor": None}))
 
 
-def test_silu_and_mul() -> None:
+def test_rotation_leaves_the_rest_of_a_head_alone() -> None:
+    x = torch.randn(4, 3, 32)
+    kept = x.clone()
+    angles = torch.rand(4, 8)
+    Ops().rotate_(x, angles.cos(), angles.sin())
+    assert torch.equal(x[..., 16:], kept[..., 16:])
+    assert not torch.equal(x[..., :16], kept[..., :16])
+
+
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [("silu", functional.silu), ("gelu_pytorch_tanh", lambda x: functional.gelu(x, approximate="tanh"))],
+)
+def test_gated_activation(name: str, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
     gate, up = torch.randn(3, 8), torch.randn(3, 8)
-    got = silu_and_mul(torch.cat((gate, up), dim=1))
-    torch.testing.assert_close(got, functional.silu(gate) * up)
+    got = gated_activation(name, Ops())(torch.cat((gate, up), dim=1))
+    torch.testing.assert_close(got, function(gate) * up)
 
 
 def test_other_activations_are_refused() -> None:
     check_activation("silu")
-    with pytest.raises(ModelLoadError, match="got 'gelu'"):
-        check_activation("gelu")
+    with pytest.raises(ModelLoadError, match="got 'relu'"):
+        check_activation("relu")

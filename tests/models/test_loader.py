@@ -10,6 +10,7 @@ import torch
 from lightllm.attention.registry import load_backend
 from lightllm.errors import ModelLoadError
 from lightllm.layers.linear import DenseLinear, PackedLinear
+from lightllm.layers.ops import Ops
 from lightllm.models import load_model
 from lightllm.models.llama import LlamaForCausalLM
 from lightllm.weights.base import PackedTensor
@@ -94,6 +95,7 @@ def test_progress_counts_up() -> None:
         source_of(oracle),
         dtype=torch.float32,
         backend=load_backend("torch"),
+        ops=Ops(),
         num_threads=3,
         progress=lambda done, total: seen.append((done, total)),
     )

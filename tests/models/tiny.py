@@ -12,6 +12,7 @@ from lightllm.attention.registry import load_backend
 from lightllm.device.forward_batch import ForwardBatch
 from lightllm.device.kv_pool import KVPool
 from lightllm.errors import ModelLoadError
+from lightllm.layers.ops import Ops
 from lightllm.model_config import ModelConfig
 from lightllm.models import load_model
 from lightllm.models.base import Model
@@ -86,6 +87,7 @@ def load(
         source,
         dtype=dtype,
         backend=load_backend(backend),
+        ops=Ops(),
         num_threads=2,
         progress=lambda done, total: None,
         packed=packed,
