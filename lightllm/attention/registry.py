@@ -11,13 +11,16 @@ from typing import cast
 import torch
 
 from lightllm.attention.base import AttentionBackend
+from lightllm.attention.native import NativeAttention
 from lightllm.attention.self_check import START_CASE, compare
 from lightllm.errors import ConfigError
 from lightllm.model_config import ModelConfig
+from lightllm.native.library import MAX_GROUP, MAX_HEAD_DIM, PANEL, NativeLibrary
 
 # Best first; the last is the oracle of the others: never fast, always right.
 BACKENDS: Mapping[str, str] = MappingProxyType(
     {
+        "native": "lightllm.attention.native:NativeAttention",
         "torch": "lightllm.attention.cpu:CpuAttention",
         "torch_ref": "lightllm.attention.torch_ref:TorchRefAttention",
     }
@@ -25,13 +28,16 @@ BACKENDS: Mapping[str, str] = MappingProxyType(
 ORACLE = "torch_ref"
 
 
-def select_backend(name: str, config: ModelConfig, dtype: torch.dtype) -> tuple[AttentionBackend, str]:
+def select_backend(
+    name: str, config: ModelConfig, dtype: torch.dtype, library: NativeLibrary | None = None
+) -> tuple[AttentionBackend, str]:
     """Make the backend that `name` asks for, after comparing it with the oracle on random data.
 
     Args:
         name: a key of BACKENDS, or `auto` for the first of them that passes.
         config: the model, for the head counts and sizes to try.
         dtype: the dtype to compute in.
+        library: the C kernels, if there are any.
 
     Returns:
         The backend, and the reason for it in words for the log.
@@ -47,7 +53,11 @@ def select_backend(name: str, config: ModelConfig, dtype: torch.dtype) -> tuple[
     for candidate in BACKENDS if name == "auto" else (name,):
         if candidate == ORACLE:
             return oracle, "; ".join([*failures, "the plain formula needs no check"])
-        backend = load_backend(candidate)
+        if candidate == "native" and (problem := _native_problem(config, dtype, library)):
+            if library is not None or name == candidate:  # the worker has said why there is no library
+                failures.append(problem)
+            continue
+        backend = load_backend(candidate, library)
         problem = compare(backend, oracle, START_CASE, config, dtype)
         if problem is None:
             return backend, "; ".join([*failures, f"agrees with {ORACLE} on random data"])
@@ -55,7 +65,20 @@ def select_backend(name: str, config: ModelConfig, dtype: torch.dtype) -> tuple[
     raise ConfigError(f"--attention_backend: {'; '.join(failures)}; use --attention_backend auto")
 
 
-def load_backend(name: str) -> AttentionBackend:
-    """Import and make the backend of that key of BACKENDS."""
+def load_backend(name: str, library: NativeLibrary | None = None) -> AttentionBackend:
+    """Import and make the backend of that key of BACKENDS; `native` needs the library."""
     module, _, attribute = BACKENDS[name].partition(":")
-    return cast(AttentionBackend, getattr(importlib.import_module(module), attribute)())
+    cls = getattr(importlib.import_module(module), attribute)
+    return cast(AttentionBackend, cls(library) if name == "native" else cls())
+
+
+def _native_problem(config: ModelConfig, dtype: torch.dtype, library: NativeLibrary | None) -> str | None:
+    if library is None:
+        return "native: the C kernels are not in use"
+    group = config.num_attention_heads // config.num_key_value_heads
+    if not NativeAttention.supports(dtype, config.head_dim, group):
+        return (
+            f"native: computes float32, heads of up to {MAX_HEAD_DIM} in steps of {PANEL} and up to "
+            f"{MAX_GROUP} query heads per KV head; this model has {dtype}, {config.head_dim} and {group}"
+        )
+    return None

@@ -86,7 +86,7 @@ def _pairs(packed: torch.Tensor) -> torch.Tensor:
     return (packed.view(-1, 2, 1, 32) >> shifts) & 3
 
 
-def _k_scales(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def k_scales(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Eight 6-bit scales and minima from [n, 12] bytes (Q4_K, Q5_K): two tensors [n, 8] uint8."""
     first, second, rest = packed[:, :4], packed[:, 4:8], packed[:, 8:]
     scales = torch.cat([first & 63, (rest & 0xF) | ((first >> 6) << 4)], 1)
@@ -119,7 +119,7 @@ def _q3_k(blocks: torch.Tensor, out: torch.Tensor) -> None:
 
 
 def _q4_k(blocks: torch.Tensor, out: torch.Tensor) -> None:
-    scales, minima = _k_scales(blocks[:, 4:16])
+    scales, minima = k_scales(blocks[:, 4:16])
     packed = blocks[:, 16:].view(-1, 4, 32)
     groups = out.view(-1, 4, 2, 32)
     groups[:, :, 0].copy_(packed & 0xF)
@@ -128,7 +128,7 @@ def _q4_k(blocks: torch.Tensor, out: torch.Tensor) -> None:
 
 
 def _q5_k(blocks: torch.Tensor, out: torch.Tensor) -> None:
-    scales, minima = _k_scales(blocks[:, 4:16])
+    scales, minima = k_scales(blocks[:, 4:16])
     packed = blocks[:, 48:].view(-1, 4, 32)
     groups = out.view(-1, 4, 2, 32)
     groups[:, :, 0].copy_(packed & 0xF)

@@ -17,10 +17,12 @@ from lightllm.config import Config
 from lightllm.device import device as cpu
 from lightllm.device.kv_pool import KVPool, kv_bytes_per_token
 from lightllm.errors import ModelLoadError
+from lightllm.layers.native_ops import NativeOps
 from lightllm.layers.ops import Ops
 from lightllm.messages import EngineInfo, ScheduledBatch, StepOutput
 from lightllm.model_config import ModelConfig
 from lightllm.models import load_model
+from lightllm.native.library import NativeLibrary, NativeUnavailable
 from lightllm.weights.base import WeightSource
 from lightllm.worker.inputs import RowTables
 from lightllm.worker.model_runner import ModelRunner
@@ -70,9 +72,10 @@ class Worker:
         dtype, reason = cpu.choose_dtype(config.model.dtype, model_config.dtype)
         logger.info("computing in %s: %s", _name(dtype), reason)
         cpu.set_threads(1)  # the loader's threads would each bring a team of their own
-        backend, reason = select_backend(config.engine.attention_backend, model_config, dtype)
+        library = _native_library(config, dtype)
+        ops = Ops() if library is None else NativeOps(library)
+        backend, reason = select_backend(config.engine.attention_backend, model_config, dtype, library)
         logger.info("attention backend %s: %s", backend.name, reason)
-        ops = Ops()
         free = cpu.free_memory_bytes()
         model = load_model(
             model_config,
@@ -82,9 +85,11 @@ class Worker:
             ops=ops,
             num_threads=config.environment.loadworker,
             progress=lambda done, total: progress("loading weights", done, total),
+            packed=library is not None and config.model.dtype == "auto",
         )
         cpu.keep_freed_memory()
-        logger.info("computing on %d threads", cpu.set_threads(config.environment.omp_num_threads))
+        if library is None:  # two pools of threads would fight for the cores
+            logger.info("computing on %d threads", cpu.set_threads(config.environment.omp_num_threads))
         logits = config.engine.running_max_req_size * model_config.vocab_size * 4
         num_slots = _num_slots(config, model_config, dtype, free - model.num_bytes - WORKSPACE_BYTES)
         pool = KVPool(model_config, num_slots + 1, dtype)  # slot 0 is the padding dummy
@@ -109,6 +114,22 @@ class Worker:
     def info(self) -> EngineInfo:
         """What was loaded, where, and its capacity."""
         return self._info
+
+
+def _native_library(config: Config, dtype: torch.dtype) -> NativeLibrary | None:
+    """The C kernels, unless they are not wanted, not there, or of no use for the dtype."""
+    if config.engine.attention_backend not in ("auto", "native"):
+        return None
+    if dtype != torch.float32:
+        logger.info("C kernels: not used, they compute float32 and this is %s", _name(dtype))
+        return None
+    try:
+        library = NativeLibrary(config.environment.omp_num_threads or torch.get_num_threads())
+    except NativeUnavailable as error:
+        logger.warning("C kernels: %s; computing in plain torch, which is slower", error)
+        return None
+    logger.info("C kernels: %s on %d threads", library.kernels, library.num_threads)
+    return library
 
 
 def _num_slots(config: Config, model: ModelConfig, dtype: torch.dtype, free_bytes: int) -> int:

@@ -13,6 +13,7 @@ from lightllm.attention.registry import select_backend
 from lightllm.device.forward_batch import ForwardBatch
 from lightllm.errors import ConfigError
 from lightllm.model_config import ModelConfig
+from tests.native.available import library_or_skip
 
 CONFIG = ModelConfig(
     architecture="LlamaForCausalLM",
@@ -65,7 +66,11 @@ def with_first(monkeypatch: pytest.MonkeyPatch, cls: type[CpuAttention]) -> None
     rows = {cls.name: f"broken:{cls.__name__}", "torch_ref": registry.BACKENDS["torch_ref"]}
     monkeypatch.setattr(registry, "BACKENDS", MappingProxyType(rows))
     load = registry.load_backend
-    monkeypatch.setattr(registry, "load_backend", lambda name: cls() if name == cls.name else load(name))
+    monkeypatch.setattr(
+        registry,
+        "load_backend",
+        lambda name, library=None: cls() if name == cls.name else load(name, library),
+    )
 
 
 @pytest.mark.parametrize("name", ["auto", "torch"])
@@ -76,8 +81,20 @@ def test_the_fast_one_passes(name: str, dtype: torch.dtype) -> None:
     assert reason == "agrees with torch_ref on random data"
 
 
+def test_the_kernels_come_first_where_they_can_compute() -> None:
+    library = library_or_skip()
+    assert select_backend("auto", CONFIG, torch.float32, library)[0].name == "native"
+    backend, reason = select_backend("auto", CONFIG, torch.bfloat16, library)
+    assert backend.name == "torch"
+    assert reason.startswith("native: computes float32")
+    with pytest.raises(ConfigError, match="native: computes float32"):
+        select_backend("native", CONFIG, torch.bfloat16, library)
+    with pytest.raises(ConfigError, match="the C kernels are not in use"):
+        select_backend("native", CONFIG, torch.float32)
+
+
 def test_unknown_name() -> None:
-    with pytest.raises(ConfigError, match=r"got triton, usable on a CPU are auto, torch"):
+    with pytest.raises(ConfigError, match=r"got triton, usable on a CPU are auto, native, torch"):
         select_backend("triton", CONFIG, torch.float32)
 
 

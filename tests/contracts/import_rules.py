@@ -28,7 +28,7 @@ ALLOWED: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "config_server": (),
         "scheduler": (),
         "engine": ("scheduler",),
-        "worker": ("attention", "device", "distributed", "layers", "models", "transfer", "weights"),
+        "worker": ("attention", "device", "distributed", "layers", "models", "native", "transfer", "weights"),
         "models": (
             "attention.base",
             "device.forward_batch",
@@ -37,13 +37,22 @@ ALLOWED: Mapping[str, tuple[str, ...]] = MappingProxyType(
             "layers",
             "weights.base",
         ),
-        "layers": ("attention.base", "device.forward_batch", "distributed", "kernels", "weights.base"),
-        "attention": ("device", "kernels"),
+        "layers": (
+            "attention.base",
+            "device.forward_batch",
+            "distributed",
+            "kernels",
+            "native",
+            "weights.base",
+            "weights.codes",
+        ),
+        "attention": ("device", "kernels", "native"),
         "weights": (),
         "transfer": ("device", "distributed"),
         "distributed": ("device",),
         "device": (),
         "kernels": (),
+        "native": (),
     }
 )
 

@@ -10,12 +10,14 @@ import torch
 
 from lightllm.attention.registry import load_backend
 from lightllm.device.kv_pool import KVPool
+from lightllm.layers.native_ops import NativeOps
 from lightllm.layers.ops import Ops
 from lightllm.model_config import ModelConfig
 from lightllm.models import load_model
 from lightllm.sampling_params import SamplingParams
 from lightllm.weights.dummy import DummySource
 from tests.engine.harness import LocalEngine
+from tests.native.available import library_or_skip
 
 CONFIG = ModelConfig(
     architecture="LlamaForCausalLM",
@@ -58,16 +60,17 @@ VARIANTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def model():
-    backend = load_backend("torch")
+@pytest.fixture(scope="module", params=["torch", "native"])
+def model(request):
+    library = library_or_skip() if request.param == "native" else None
+    backend = load_backend(request.param, library)
     source = DummySource(CONFIG, seed=3)
     built = load_model(
         CONFIG,
         source,
         dtype=torch.float32,
         backend=backend,
-        ops=Ops(),
+        ops=Ops() if library is None else NativeOps(library),
         num_threads=1,
         progress=lambda done, total: None,
     )

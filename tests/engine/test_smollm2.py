@@ -8,6 +8,7 @@ import torch
 
 from lightllm.attention.registry import load_backend
 from lightllm.device.kv_pool import KVPool
+from lightllm.layers.native_ops import NativeOps
 from lightllm.layers.ops import Ops
 from lightllm.models import load_model
 from lightllm.sampling_params import SamplingParams
@@ -15,6 +16,7 @@ from lightllm.server.model_files import describe_files, locate_model, open_token
 from lightllm.weights.base import PackedTensor
 from lightllm.weights.sources import open_weights
 from tests.engine.harness import LocalEngine
+from tests.native.available import library_or_skip
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("smollm2")]
 
@@ -86,16 +88,17 @@ def expected(parts, prompts):
     return answers
 
 
-@pytest.fixture(scope="module")
-def model(parts):
-    backend = load_backend("torch")
+@pytest.fixture(scope="module", params=["torch", "native"])
+def model(request, parts):
+    library = library_or_skip() if request.param == "native" else None
+    backend = load_backend(request.param, library)
     config, source, _ = parts
     built = load_model(
         config,
         source,
         dtype=torch.float32,
         backend=backend,
-        ops=Ops(),
+        ops=Ops() if library is None else NativeOps(library),
         num_threads=2,
         progress=lambda done, total: None,
     )
