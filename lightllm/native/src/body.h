@@ -6,7 +6,8 @@
  *
  * and the functions
  *
- *   dot_codes(low, high, q)  eight int32: codes 0..15 of eight rows against 32 activations
+ *   dot_add(sum, codes, q)   add codes 0..15 of eight rows times four activations to a `dot_sum`
+ *   dot_done(sum)            the eight int32 of at most eight such additions
  *   dot_signed(acc, w, x)    acc + products of signed bytes, four neighbours added into each int32
  *   halves(p)                eight float16 at p as floats
  *
@@ -108,17 +109,19 @@ INLINE void tile_w4(const struct activations *x, long row, const struct w4_block
     f8 acc[4];
     for (int r = 0; r < rows; r++) acc[r] = (f8){0};
     for (long b = 0; b < blocks; b++) {
-        u8 low[4], high[4];
-        _Pragma("GCC unroll 4") for (int j = 0; j < 4; j++) {
+        dot_sum sum[4];
+        _Pragma("GCC unroll 4") for (int r = 0; r < rows; r++) sum[r] = (dot_sum){0};
+        _Pragma("GCC unroll 4") for (int j = 0; j < 4; j++) { /* few codes at a time: all must fit in registers */
             u8 codes = *(const u8 *)(w[b].q + 32 * j);
-            low[j] = codes & 15;
-            high[j] = codes >> 4;
+            u8 low = codes & 15, high = codes >> 4;
+            _Pragma("GCC unroll 4") for (int r = 0; r < rows; r++) {
+                const int8_t *q = x->q + (row + r) * x->k + b * QBLOCK + 4 * j;
+                sum[r] = dot_add(dot_add(sum[r], low, q), high, q + 16);
+            }
         }
         f8 d = halves(w[b].d), m = halves(w[b].m);
         _Pragma("GCC unroll 4") for (int r = 0; r < rows; r++) {
-            const int8_t *q = x->q + (row + r) * x->k + b * QBLOCK;
-            i8x32 dot = dot_codes(low, high, q);
-            acc[r] += __builtin_convertvector(dot, f8) * (d * x->d[(row + r) * blocks + b]);
+            acc[r] += __builtin_convertvector(dot_done(sum[r]), f8) * (d * x->d[(row + r) * blocks + b]);
             acc[r] += m * x->sum[(row + r) * blocks + b];
         }
     }

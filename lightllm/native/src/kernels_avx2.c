@@ -11,15 +11,16 @@
 
 #include "vectors.h"
 
-/* Two products of bytes fit into 16 bits here: codes are 0..15, and eight pairs of 15 * 127 stay below 2^15. */
-INLINE i8x32 dot_codes(const u8 low[4], const u8 high[4], const int8_t *q) {
-    __m256i sum = _mm256_setzero_si256();
-    _Pragma("GCC unroll 4") for (int j = 0; j < 4; j++) {
-        sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16((__m256i)low[j], (__m256i)four_bytes(q + 4 * j)));
-        sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16((__m256i)high[j], (__m256i)four_bytes(q + 16 + 4 * j)));
-    }
-    return (i8x32)_mm256_madd_epi16(sum, _mm256_set1_epi16(1));
+/* Sums of 16 bits are enough here: codes are 0..15, and eight pairs of products of 15 * 127 stay below 2^15. */
+typedef int16_t dot_sum __attribute__((vector_size(32)));
+
+INLINE dot_sum dot_add(dot_sum sum, u8 codes, const int8_t *q) {
+    sum += (dot_sum)_mm256_maddubs_epi16((__m256i)codes, (__m256i)four_bytes(q));
+    __asm__("" : "+x"(sum)); /* one sum after the other: a tree of them would not fit into the registers */
+    return sum;
 }
+
+INLINE i8x32 dot_done(dot_sum sum) { return (i8x32)_mm256_madd_epi16((__m256i)sum, _mm256_set1_epi16(1)); }
 
 /* The first factor of maddubs is unsigned: the sign of w moves over to x; 2 * 128 * 127 stays below 2^15. */
 INLINE i8x32 dot_signed(i8x32 acc, s8 w, s8 x) {

@@ -11,14 +11,13 @@
 
 #include "vectors.h"
 
-INLINE i8x32 dot_codes(const u8 low[4], const u8 high[4], const int8_t *q) {
-    __m256i a = _mm256_setzero_si256(), b = _mm256_setzero_si256();
-    _Pragma("GCC unroll 4") for (int j = 0; j < 4; j++) {
-        a = _mm256_dpbusd_epi32(a, (__m256i)low[j], (__m256i)four_bytes(q + 4 * j));
-        b = _mm256_dpbusd_epi32(b, (__m256i)high[j], (__m256i)four_bytes(q + 16 + 4 * j));
-    }
-    return (i8x32)_mm256_add_epi32(a, b);
+typedef i8x32 dot_sum;
+
+INLINE dot_sum dot_add(dot_sum sum, u8 codes, const int8_t *q) {
+    return (dot_sum)_mm256_dpbusd_epi32((__m256i)sum, (__m256i)codes, (__m256i)four_bytes(q));
 }
+
+INLINE i8x32 dot_done(dot_sum sum) { return sum; }
 
 /* The first factor is unsigned: the sign of w moves over to x. */
 INLINE i8x32 dot_signed(i8x32 acc, s8 w, s8 x) {

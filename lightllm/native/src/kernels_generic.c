@@ -7,14 +7,11 @@ INLINE i8x32 dot_signed(i8x32 acc, s8 w, s8 x) {
     return acc;
 }
 
-INLINE i8x32 dot_codes(const u8 low[4], const u8 high[4], const int8_t *q) {
-    i8x32 acc = {0};
-    for (int j = 0; j < 4; j++) {
-        acc = dot_signed(acc, (s8)low[j], four_bytes(q + 4 * j));
-        acc = dot_signed(acc, (s8)high[j], four_bytes(q + 16 + 4 * j));
-    }
-    return acc;
-}
+typedef i8x32 dot_sum;
+
+INLINE dot_sum dot_add(dot_sum sum, u8 codes, const int8_t *q) { return dot_signed(sum, (s8)codes, four_bytes(q)); }
+
+INLINE i8x32 dot_done(dot_sum sum) { return sum; }
 
 INLINE f8 halves(const uint16_t *p) {
     f8 values;
