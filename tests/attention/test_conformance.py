@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lightllm.attention.base import AttentionLayer
 from lightllm.attention.registry import BACKENDS, ORACLE, load_backend
 from lightllm.attention.self_check import START_CASE, Case, compare
 from lightllm.model_config import ModelConfig
@@ -43,6 +44,16 @@ CASES = {
     "mixed": Case((33, 70, 12, 500, 6), (33, 5, 1, 1, 1), runs((10, 621))),
 }
 
+# What a layer may ask for beside the defaults; scores are about 1, so that each of these changes results.
+LAYERS = {
+    "scale": AttentionLayer(0, 0.31),
+    "window 1": AttentionLayer(0, 0.25, window=1),
+    "window 37": AttentionLayer(0, 0.25, window=37),
+    "window 290": AttentionLayer(0, 0.25, window=290),
+    "softcap": AttentionLayer(0, 0.25, softcap=0.7),
+    "all": AttentionLayer(0, 0.2, window=65, softcap=1.5),
+}
+
 
 def config(num_q_heads: int, num_kv_heads: int, head_dim: int) -> ModelConfig:
     return ModelConfig(
@@ -74,6 +85,16 @@ def test_agrees_with_oracle(
     assert problem is None
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS.keys())
+def test_every_kind_of_layer_agrees_with_oracle(
+    backend_name: str, layer: AttentionLayer, case: Case, dtype: torch.dtype
+) -> None:
+    problem = compare(load_backend(backend_name), load_backend(ORACLE), case, config(6, 2, 16), dtype, layer)
+    assert problem is None
+
+
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     seq_lens = draw(st.lists(st.integers(1, 400), min_size=1, max_size=6))
@@ -85,9 +106,16 @@ def cases(draw: st.DrawFn) -> Case:
     return Case(tuple(seq_lens), tuple(query_lens), tuple(slot for piece in pieces for slot in piece))
 
 
+@st.composite
+def layers(draw: st.DrawFn) -> AttentionLayer:
+    window = draw(st.none() | st.integers(1, 450))
+    softcap = draw(st.none() | st.floats(0.5, 50.0))
+    return AttentionLayer(0, draw(st.floats(0.05, 0.5)), window, softcap)
+
+
 @pytest.mark.parametrize("name", [name for name in BACKENDS if name != ORACLE])
-@given(case=cases())
-@settings(max_examples=30)
-def test_agrees_with_oracle_on_any_layout(name: str, case: Case) -> None:
-    problem = compare(load_backend(name), load_backend(ORACLE), case, config(6, 2, 16), torch.float32)
+@given(case=cases(), layer=layers())
+@settings(max_examples=40)
+def test_agrees_with_oracle_on_any_layout(name: str, case: Case, layer: AttentionLayer) -> None:
+    problem = compare(load_backend(name), load_backend(ORACLE), case, config(6, 2, 16), torch.float32, layer)
     assert problem is None
