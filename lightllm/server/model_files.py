@@ -15,8 +15,9 @@ import numpy as np
 
 from lightllm.config import Config
 from lightllm.errors import ConfigError, ModelLoadError
-from lightllm.model_config import ModelConfig
+from lightllm.model_config import FULL, SLIDING, ModelConfig
 from lightllm.weights.gguf import GGUFReader
+from lightllm.weights.gguf_config import gguf_model_config
 
 if TYPE_CHECKING:
     from lightllm.frontend.tokenizer import Tokenizer
@@ -229,7 +230,7 @@ def _gguf_config(path: Path) -> ModelConfig:
     if "rope_freqs.weight" in reader.tensors:
         factors = np.frombuffer(reader.data("rope_freqs.weight"), "<f4").tolist()
     try:
-        return ModelConfig.from_gguf(
+        return gguf_model_config(
             reader.metadata, has_lm_head="output.weight" in reader.tensors, rope_factors=factors
         )
     except ModelLoadError as error:
@@ -244,6 +245,7 @@ def _hf_keys(config: ModelConfig) -> dict[str, Any]:
         "architectures": [keys.pop("architecture")],
         "eos_token_id": keys.pop("eos_token_ids"),
         "use_sliding_window": config.sliding_window is not None,
+        "layer_types": [SLIDING if config.window(i) else FULL for i in range(config.num_hidden_layers)],
     }
 
 

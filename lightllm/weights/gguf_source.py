@@ -32,7 +32,7 @@ _LAYER_NAMES: Mapping[str, str] = MappingProxyType(
         "ffn_down": "mlp.down_proj",
     }
 )
-# Not weights: divisors of rotary frequencies, which ModelConfig.from_gguf reads.
+# Not weights: divisors of rotary frequencies, which gguf_config reads.
 _ROPE_FACTORS = "rope_freqs.weight"
 _PLAIN_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
