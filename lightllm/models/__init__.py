@@ -51,6 +51,7 @@ def load_model(
     num_threads: int,
     progress: Progress,
     packed: bool = False,
+    max_len: int | None = None,
 ) -> Model:
     """Load a model onto the CPU; blocks until it can compute.
 
@@ -63,6 +64,7 @@ def load_model(
         num_threads: that read and unpack weights at once.
         progress: called as `progress(done, total)`, counting weights.
         packed: keep quantised weights as stored: an eighth of the memory of float32, and slow in plain torch.
+        max_len: of the longest sequence there will be; all that the config allows when left out.
 
     Raises:
         ModelLoadError: unknown architecture, or a tensor is missing or does not fit the config.
@@ -75,4 +77,4 @@ def load_model(
     )
     if unused := unused_names(specs, source):
         logger.warning("%d tensors are not used, among them %s", len(unused), ", ".join(unused[:3]))
-    return cls(config, weights, backend, ops)
+    return cls(config, weights, backend, ops, max_len or config.max_position_embeddings)

@@ -11,25 +11,43 @@ from tests.models.tiny import DIMENSIONS, Sequences, config_of, load, make_oracl
 
 LENGTHS = (37, 1, 90, 12)
 
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 1000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1000.0,
+    "short_factor": [1.0 + 0.1 * i for i in range(8)],
+    "long_factor": [1.0 + 0.5 * i for i in range(8)],
+}
+
 # Options beyond the defaults of an architecture's HF config, all of which must work.
 OPTIONS: dict[str, list[dict[str, Any]]] = {
     "LlamaForCausalLM": [
         {"tie_word_embeddings": True},
         {"attention_bias": True, "mlp_bias": True},
-        {"rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 500.0}},
-        {
-            "rope_parameters": {
-                "rope_type": "llama3",
-                "rope_theta": 1000.0,
-                "factor": 4.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 64,
-            }
-        },
-    ]
+        {"head_dim": 32, "rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 500.0}},
+        {"rope_parameters": LLAMA3},
+        {"rope_parameters": YARN},
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1000.0}},
+    ],
 }
-VARIANTS = [(name, options) for name in ARCHITECTURES for options in ({}, *OPTIONS.get(name, []))]
+VARIANTS = [
+    pytest.param(name, options, id=f"{name}-{i}")
+    for name in ARCHITECTURES
+    for i, options in enumerate(({}, *OPTIONS.get(name, [])))
+]
 
 
 def prompts() -> list[list[int]]:
@@ -58,9 +76,9 @@ def test_whole_prompts_equal_transformers(architecture: str, options: dict[str, 
         assert_equal(got[row], expected)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_mixed_batches_equal_transformers(architecture: str) -> None:
-    oracle = make_oracle(architecture)
+@pytest.mark.parametrize(("architecture", "options"), VARIANTS)
+def test_mixed_batches_equal_transformers(architecture: str, options: dict[str, Any]) -> None:
+    oracle = make_oracle(architecture, **options)
     sequences = Sequences(load(config_of(oracle), source_of(oracle)), prompts())
     got: list[list[torch.Tensor]] = [[] for _ in LENGTHS]
     steps = [
