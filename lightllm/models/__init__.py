@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 ARCHITECTURES: Mapping[str, str] = MappingProxyType(
     {
         "LlamaForCausalLM": "lightllm.models.llama:LlamaForCausalLM",
+        "MistralForCausalLM": "lightllm.models.mistral:MistralForCausalLM",
     }
 )
 

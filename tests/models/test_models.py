@@ -42,6 +42,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"rope_parameters": YARN},
         {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1000.0}},
     ],
+    "MistralForCausalLM": [{"sliding_window": 16}, {"sliding_window": None}],
 }
 VARIANTS = [
     pytest.param(name, options, id=f"{name}-{i}")
