@@ -25,6 +25,7 @@ ARCHITECTURES: Mapping[str, str] = MappingProxyType(
     {
         "LlamaForCausalLM": "lightllm.models.llama:LlamaForCausalLM",
         "MistralForCausalLM": "lightllm.models.mistral:MistralForCausalLM",
+        "Qwen2ForCausalLM": "lightllm.models.qwen2:Qwen2ForCausalLM",
     }
 )
 

@@ -43,6 +43,10 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1000.0}},
     ],
     "MistralForCausalLM": [{"sliding_window": 16}, {"sliding_window": None}],
+    "Qwen2ForCausalLM": [
+        {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
+        {"tie_word_embeddings": True, "rope_parameters": YARN},
+    ],
 }
 VARIANTS = [
     pytest.param(name, options, id=f"{name}-{i}")
