@@ -26,6 +26,7 @@ ARCHITECTURES: Mapping[str, str] = MappingProxyType(
         "LlamaForCausalLM": "lightllm.models.llama:LlamaForCausalLM",
         "MistralForCausalLM": "lightllm.models.mistral:MistralForCausalLM",
         "Qwen2ForCausalLM": "lightllm.models.qwen2:Qwen2ForCausalLM",
+        "Qwen3ForCausalLM": "lightllm.models.qwen3:Qwen3ForCausalLM",
     }
 )
 

@@ -47,6 +47,10 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
         {"tie_word_embeddings": True, "rope_parameters": YARN},
     ],
+    "Qwen3ForCausalLM": [
+        {"attention_bias": True},
+        {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2},
+    ],
 }
 VARIANTS = [
     pytest.param(name, options, id=f"{name}-{i}")
