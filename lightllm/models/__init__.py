@@ -27,6 +27,7 @@ ARCHITECTURES: Mapping[str, str] = MappingProxyType(
         "MistralForCausalLM": "lightllm.models.mistral:MistralForCausalLM",
         "Qwen2ForCausalLM": "lightllm.models.qwen2:Qwen2ForCausalLM",
         "Qwen3ForCausalLM": "lightllm.models.qwen3:Qwen3ForCausalLM",
+        "Gemma2ForCausalLM": "lightllm.models.gemma2:Gemma2ForCausalLM",
     }
 )
 

@@ -51,6 +51,10 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"attention_bias": True},
         {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2},
     ],
+    "Gemma2ForCausalLM": [
+        {"sliding_window": 16, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 2.0},
+        {"attn_logit_softcapping": None, "final_logit_softcapping": None, "query_pre_attn_scalar": 40},
+    ],
 }
 VARIANTS = [
     pytest.param(name, options, id=f"{name}-{i}")
