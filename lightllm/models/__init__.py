@@ -28,6 +28,7 @@ ARCHITECTURES: Mapping[str, str] = MappingProxyType(
         "Qwen2ForCausalLM": "lightllm.models.qwen2:Qwen2ForCausalLM",
         "Qwen3ForCausalLM": "lightllm.models.qwen3:Qwen3ForCausalLM",
         "Gemma2ForCausalLM": "lightllm.models.gemma2:Gemma2ForCausalLM",
+        "Gemma3ForCausalLM": "lightllm.models.gemma3:Gemma3ForCausalLM",
     }
 )
 

@@ -55,6 +55,18 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"sliding_window": 16, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 2.0},
         {"attn_logit_softcapping": None, "final_logit_softcapping": None, "query_pre_attn_scalar": 40},
     ],
+    "Gemma3ForCausalLM": [
+        {
+            "sliding_window": 16,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "query_pre_attn_scalar": 40,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
+        },
+        {"num_hidden_layers": 7, "sliding_window": 20},
+    ],
 }
 VARIANTS = [
     pytest.param(name, options, id=f"{name}-{i}")
