@@ -29,6 +29,7 @@ ARCHITECTURES: Mapping[str, str] = MappingProxyType(
         "Qwen3ForCausalLM": "lightllm.models.qwen3:Qwen3ForCausalLM",
         "Gemma2ForCausalLM": "lightllm.models.gemma2:Gemma2ForCausalLM",
         "Gemma3ForCausalLM": "lightllm.models.gemma3:Gemma3ForCausalLM",
+        "Phi3ForCausalLM": "lightllm.models.phi3:Phi3ForCausalLM",
     }
 )
 

@@ -67,6 +67,15 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         },
         {"num_hidden_layers": 7, "sliding_window": 20},
     ],
+    "Phi3ForCausalLM": [
+        {"sliding_window": 16},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+        {
+            "rope_parameters": LONGROPE,
+            "original_max_position_embeddings": 256,
+            "max_position_embeddings": 256,
+        },
+    ],
 }
 VARIANTS = [
     pytest.param(name, options, id=f"{name}-{i}")
