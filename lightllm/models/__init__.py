@@ -30,6 +30,7 @@ ARCHITECTURES: Mapping[str, str] = MappingProxyType(
         "Gemma2ForCausalLM": "lightllm.models.gemma2:Gemma2ForCausalLM",
         "Gemma3ForCausalLM": "lightllm.models.gemma3:Gemma3ForCausalLM",
         "Phi3ForCausalLM": "lightllm.models.phi3:Phi3ForCausalLM",
+        "InternLM2ForCausalLM": "lightllm.models.internlm2:InternLM2ForCausalLM",
     }
 )
 

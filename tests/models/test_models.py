@@ -76,6 +76,10 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
             "max_position_embeddings": 256,
         },
     ],
+    "InternLM2ForCausalLM": [
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1000.0}},
+        {"tie_word_embeddings": True},
+    ],
 }
 VARIANTS = [
     pytest.param(name, options, id=f"{name}-{i}")
