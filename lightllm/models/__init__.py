@@ -31,6 +31,8 @@ ARCHITECTURES: Mapping[str, str] = MappingProxyType(
         "Gemma3ForCausalLM": "lightllm.models.gemma3:Gemma3ForCausalLM",
         "Phi3ForCausalLM": "lightllm.models.phi3:Phi3ForCausalLM",
         "InternLM2ForCausalLM": "lightllm.models.internlm2:InternLM2ForCausalLM",
+        "GlmForCausalLM": "lightllm.models.glm4:GlmForCausalLM",
+        "Glm4ForCausalLM": "lightllm.models.glm4:Glm4ForCausalLM",
     }
 )
 

@@ -80,6 +80,12 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1000.0}},
         {"tie_word_embeddings": True},
     ],
+    "GlmForCausalLM": [
+        {"attention_bias": False, "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 1.0}}
+    ],
+    "Glm4ForCausalLM": [
+        {"attention_bias": False, "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.75}}
+    ],
 }
 VARIANTS = [
     pytest.param(name, options, id=f"{name}-{i}")
