@@ -64,7 +64,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         architecture: HF class name; of a multimodal model, that of its language model.
         rope_scaling: None for plain rotary embeddings, else HF's dictionary with `rope_type` always set
-            (linear, dynamic, yarn, llama3, longrope). Layers with a sliding window and a base of their own
+            (linear, dynamic, yarn, llama3, longrope), and `original_max_position_embeddings` where it counts
+            (the last three). Layers with a sliding window and a base of their own
             (`rope_local_base_freq`) are never scaled.
         rope_local_base_freq: rotary base of sliding layers, where it differs from `rope_theta` (Gemma 3).
         partial_rotary_factor: share of a head that is rotated (see `rotary_dim`); the rest stays as it is.
@@ -110,7 +111,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def rotary_dim(self) -> int:
         """Leading elements of a head that are rotated."""
-        return int(self.head_dim * self.partial_rotary_factor)
+        # The share may be a quotient: 49 * (1 / 49) is a little less than 1.
+        return int(self.head_dim * self.partial_rotary_factor + 1e-9)
 
     @property
     def attention_scale(self) -> float:
@@ -211,11 +213,14 @@ def _hf_rope(keys: Keys) -> dict[str, Any]:
     share = inner.number("partial_rotary_factor", keys.number("partial_rotary_factor", 1.0))
     kind = inner.text("rope_type", inner.text("type", "default"))
     kept = {k: v for k, v in scaling.items() if k not in ("rope_theta", "partial_rotary_factor", "type")}
-    original = keys.optional_int("original_max_position_embeddings")
-    if kind == "su" or "long_factor" in kept:  # Phi-3: old names, and a key that stands outside
+    if kind == "su" or "long_factor" in kept:  # the names that Phi-3 had for it at first
         kind = "longrope"
-        if original is not None:
-            kept.setdefault("original_max_position_embeddings", original)
+    if kind in ("llama3", "yarn", "longrope"):
+        # As in transformers: Phi-3's key outside goes first.
+        default = keys.positive("max_position_embeddings")
+        default = inner.positive("original_max_position_embeddings", default)
+        original = keys.positive("original_max_position_embeddings", default)
+        kept["original_max_position_embeddings"] = original
     return {
         "rope_theta": theta,
         "rope_scaling": None if kind == "default" else {**kept, "rope_type": kind},

@@ -25,6 +25,9 @@ LLAMA = {
 }
 
 
+YARN = {"rope_type": "yarn", "factor": 40, "original_max_position_embeddings": 512}
+
+
 def test_old_llama_config_gets_hf_defaults() -> None:
     config = ModelConfig.from_hf(LLAMA)
     assert (config.architecture, config.dtype, config.rope_theta) == ("LlamaForCausalLM", "float16", 10000.0)
@@ -66,7 +69,7 @@ def test_configs_written_by_transformers_are_read(name: str) -> None:
 )
 def test_all_ways_of_writing_rope_scaling(keys: dict[str, Any]) -> None:
     config = ModelConfig.from_hf({**LLAMA, **keys})
-    assert (config.rope_theta, config.rope_scaling) == (5e5, {"rope_type": "yarn", "factor": 40})
+    assert (config.rope_theta, config.rope_scaling) == (5e5, YARN)
 
 
 def test_default_rope_is_no_scaling() -> None:

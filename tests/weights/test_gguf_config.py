@@ -27,7 +27,7 @@ def test_gguf_metadata() -> None:
     assert (config.architecture, config.dtype) == ("LlamaForCausalLM", "float32")
     assert (config.vocab_size, config.head_dim, config.num_key_value_heads) == (3, 16, 2)
     assert config.tie_word_embeddings
-    assert not gguf_model_config(GGUF, has_lm_head=True).tie_word_embeddings
+    assert not gguf_model_config(GGUF, tensors=["output.weight"]).tie_word_embeddings
 
 
 def test_gguf_end_of_turn_tokens_are_end_tokens() -> None:
@@ -50,7 +50,10 @@ def test_missing_gguf_key_is_named(key: str) -> None:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"general.architecture": "mamba"}, "architecture 'mamba' is not supported; supported are llama"),
+        (
+            {"general.architecture": "mamba"},
+            "architecture 'mamba' is not supported; supported are gemma2, gemma3",
+        ),
         ({"llama.expert_count": 8}, "experts"),
         ({"llama.rope.dimension_count": 8}, r"dimension_count: got 8, expected the whole head \(16\)"),
         ({"llama.rope.scaling.type": "longrope"}, "longrope"),
@@ -86,6 +89,8 @@ def test_llama3_scaling_is_recovered_from_the_frequencies() -> None:
     plain = 5e5 ** (-2.0 * scaled.new_tensor(range(32)) / 64)
     factors = (plain / scaled).tolist()
     keys = {**GGUF, "llama.rope.freq_base": 5e5}
-    assert gguf_model_config(keys, rope_factors=factors).rope_scaling == pytest.approx(scaling)
+    assert gguf_model_config(keys, rope_factors={"rope_freqs.weight": factors}).rope_scaling == pytest.approx(
+        scaling
+    )
     with pytest.raises(ModelLoadError, match=r"rope_freqs\.weight\[31\]"):
-        gguf_model_config(keys, rope_factors=[*factors[:-1], 3.0])
+        gguf_model_config(keys, rope_factors={"rope_freqs.weight": [*factors[:-1], 3.0]})
