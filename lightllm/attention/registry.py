@@ -11,7 +11,7 @@ from typing import cast
 import torch
 
 from lightllm.attention.base import AttentionBackend
-from lightllm.attention.self_check import START_CASE, compare
+from lightllm.attention.self_check import check
 from lightllm.errors import ConfigError
 from lightllm.model_config import ModelConfig
 
@@ -48,7 +48,7 @@ def select_backend(name: str, config: ModelConfig, dtype: torch.dtype) -> tuple[
         if candidate == ORACLE:
             return oracle, "; ".join([*failures, "the plain formula needs no check"])
         backend = load_backend(candidate)
-        problem = compare(backend, oracle, START_CASE, config, dtype)
+        problem = check(backend, oracle, config, dtype)
         if problem is None:
             return backend, "; ".join([*failures, f"agrees with {ORACLE} on random data"])
         failures.append(f"{candidate} failed its self-check: {problem}")

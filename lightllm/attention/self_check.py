@@ -45,6 +45,9 @@ START_CASE = Case(
     slots=(*range(60, 0, -2), *range(1, 60, 2), *range(70, 377)),
 )
 
+# Shorter than some of its sequences, whatever the model's own is.
+START_WINDOW = 24
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -55,11 +58,30 @@ class Outcome:
     v: Tensor
 
 
+def check(
+    backend: AttentionBackend, oracle: AttentionBackend, config: ModelConfig, dtype: torch.dtype
+) -> str | None:
+    """Compare both on START_CASE, for each kind of layer that the model has.
+
+    Returns:
+        None if they agree, else what is wrong, in words.
+    """
+    kinds = {config.window(i) is not None for i in range(config.num_hidden_layers)}
+    for is_sliding in sorted(kinds):
+        window = START_WINDOW if is_sliding else None
+        layer = AttentionLayer(0, config.attention_scale, window, config.attn_logit_softcapping)
+        problem = compare(backend, oracle, START_CASE, config, dtype, layer=layer)
+        if problem is not None:
+            return problem
+    return None
+
+
 def compute(
     backend: AttentionBackend,
     case: Case,
     config: ModelConfig,
     dtype: torch.dtype,
+    *,
     layer: AttentionLayer | None = None,
 ) -> Outcome:
     """Run a backend on random tensors, which depend on the case, config and dtype only.
@@ -89,6 +111,7 @@ def compare(
     case: Case,
     config: ModelConfig,
     dtype: torch.dtype,
+    *,
     layer: AttentionLayer | None = None,
 ) -> str | None:
     """Run both on a case; see `compute`.
@@ -97,10 +120,10 @@ def compare(
         None if they agree, else what is wrong, in words.
     """
     try:
-        got = compute(backend, case, config, dtype, layer)
+        got = compute(backend, case, config, dtype, layer=layer)
     except (AttributeError, NotImplementedError, RuntimeError, TypeError) as error:
         return f"{type(error).__name__}: {error}"  # an operation that this build of torch lacks
-    expected = compute(oracle, case, config, dtype, layer)
+    expected = compute(oracle, case, config, dtype, layer=layer)
     if not torch.equal(got.k, expected.k) or not torch.equal(got.v, expected.v):
         return "keys and values are not in their slots"
     if got.out.shape != expected.out.shape or got.out.dtype != expected.out.dtype:

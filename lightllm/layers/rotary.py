@@ -40,7 +40,13 @@ class RotaryEmbedding:
 
     def angles(self, positions: Tensor) -> Tensor:
         """Angles [n, rotary_dim / 2] float32 in radians."""
-        return positions[:, None].float() * self.frequencies
+        return positions[:, None].float() * self.frequencies_on(positions.device)
+
+    def frequencies_on(self, device: torch.device) -> Tensor:
+        """Return the frequencies on a device, where they stay: a copy in each step would wait for it."""
+        if self.frequencies.device != device:
+            self.frequencies = self.frequencies.to(device)
+        return self.frequencies
 
 
 class DynamicRotaryEmbedding(RotaryEmbedding):
@@ -54,35 +60,26 @@ class DynamicRotaryEmbedding(RotaryEmbedding):
         theta: base within the trained context.
         rotary_dim: elements of a head that are rotated.
         factor: how much longer sequences are meant to become.
-        max_position_embeddings: length of the trained context.
+        trained_len: length of the trained context.
     """
 
-    def __init__(
-        self,
-        theta: float,
-        rotary_dim: int,
-        factor: float,
-        max_position_embeddings: int,
-        device: torch.device | str,
-    ) -> None:
-        super().__init__(plain_frequencies(theta, rotary_dim, device))
-        self.theta = theta
+    def __init__(self, theta: float, rotary_dim: int, factor: float, trained_len: int) -> None:
+        super().__init__(plain_frequencies(theta, rotary_dim))
         self.factor = factor
-        self.max_position_embeddings = max_position_embeddings
-        self.exponents = torch.arange(0, rotary_dim, 2, device=device).float() / rotary_dim
-        self.growth = rotary_dim / (rotary_dim - 2)
+        self.trained_len = trained_len
+        # The base becomes theta * stretch ** (d / (d - 2)); as a power of the frequencies, with
+        # theta ** x = stretch ** (d / (d - 2)), these become frequencies ** (1 + x).
+        self.growth = rotary_dim / (rotary_dim - 2) / math.log(theta)
 
     def angles(self, positions: Tensor) -> Tensor:
         """See the base class."""
-        lengths = (positions + 1).clamp(min=self.max_position_embeddings)[:, None].float()
-        stretch = self.factor * lengths / self.max_position_embeddings - (self.factor - 1)
-        bases = self.theta * stretch**self.growth  # [n, 1]
-        return positions[:, None].float() / bases**self.exponents
+        lengths = (positions[:, None] + 1).clamp(min=self.trained_len).float()
+        stretch = self.factor * lengths / self.trained_len - (self.factor - 1)  # [n, 1], 1 when trained
+        frequencies = self.frequencies_on(positions.device) ** (1 + self.growth * stretch.log())
+        return positions[:, None].float() * frequencies
 
 
-def rotary_embedding(
-    config: ModelConfig, max_len: int, device: torch.device | str = "cpu"
-) -> RotaryEmbedding:
+def rotary_embedding(config: ModelConfig, max_len: int) -> RotaryEmbedding:
     """Make the rotary embedding that the config asks for.
 
     Args:
@@ -93,22 +90,22 @@ def rotary_embedding(
         ModelLoadError: `rope_scaling` is of a type that is not built, or lacks a value.
     """
     if config.rope_scaling is None:
-        return RotaryEmbedding(plain_frequencies(config.rope_theta, config.rotary_dim, device))
+        return RotaryEmbedding(plain_frequencies(config.rope_theta, config.rotary_dim))
     keys = Keys(config.rope_scaling, "config.json: rope_scaling")
     kind = keys.text("rope_type")
     if kind not in SCALINGS:
         known = ", ".join(sorted(SCALINGS))
         raise ModelLoadError(f"{keys.origin}: got rope_type {kind!r}, supported are {known}")
-    return SCALINGS[kind](config, keys, max_len, device)
+    return SCALINGS[kind](config, keys, max_len)
 
 
-def local_rotary_embedding(config: ModelConfig, device: torch.device | str = "cpu") -> RotaryEmbedding:
+def local_rotary_embedding(config: ModelConfig) -> RotaryEmbedding:
     """Make that of layers with a sliding window, which may have a base of their own and is never scaled."""
     theta = config.rope_local_base_freq or config.rope_theta
-    return RotaryEmbedding(plain_frequencies(theta, config.rotary_dim, device))
+    return RotaryEmbedding(plain_frequencies(theta, config.rotary_dim))
 
 
-def plain_frequencies(theta: float, rotary_dim: int, device: torch.device | str = "cpu") -> Tensor:
+def plain_frequencies(theta: float, rotary_dim: int) -> Tensor:
     """Return theta ** (-2 i / rotary_dim) for each pair i, [rotary_dim / 2] float32.
 
     Raises:
@@ -121,32 +118,32 @@ def plain_frequencies(theta: float, rotary_dim: int, device: torch.device | str 
             f"config.json: partial_rotary_factor: rotates {rotary_dim} elements of a head, "
             "expected an even number above 2"
         )
-    exponents = torch.arange(0, rotary_dim, 2, device=device).float() / rotary_dim
+    exponents = torch.arange(0, rotary_dim, 2).float() / rotary_dim
     return 1.0 / theta**exponents
 
 
 # ---------------------------------------------------------------- one function for each type of scaling
 
 
-def _linear(config: ModelConfig, keys: Keys, max_len: int, device: torch.device | str) -> RotaryEmbedding:
+def _linear(config: ModelConfig, keys: Keys, max_len: int) -> RotaryEmbedding:
     """Positions closer together by `factor`. https://arxiv.org/abs/2306.15595"""
-    plain = plain_frequencies(config.rope_theta, config.rotary_dim, device)
+    plain = plain_frequencies(config.rope_theta, config.rotary_dim)
     return RotaryEmbedding(plain / keys.number("factor"))
 
 
-def _dynamic(config: ModelConfig, keys: Keys, max_len: int, device: torch.device | str) -> RotaryEmbedding:
+def _dynamic(config: ModelConfig, keys: Keys, max_len: int) -> RotaryEmbedding:
     """See DynamicRotaryEmbedding."""
     return DynamicRotaryEmbedding(
-        config.rope_theta, config.rotary_dim, keys.number("factor"), config.max_position_embeddings, device
+        config.rope_theta, config.rotary_dim, keys.number("factor"), config.max_position_embeddings
     )
 
 
-def _llama3(config: ModelConfig, keys: Keys, max_len: int, device: torch.device | str) -> RotaryEmbedding:
+def _llama3(config: ModelConfig, keys: Keys, max_len: int) -> RotaryEmbedding:
     """Slow frequencies divided by `factor`, fast ones kept, those between blended (Llama 3.1).
 
     What is slow or fast is told by how many turns a frequency makes within the original context.
     """
-    plain = plain_frequencies(config.rope_theta, config.rotary_dim, device)
+    plain = plain_frequencies(config.rope_theta, config.rotary_dim)
     original = _original_context(keys)
     low, high = keys.number("low_freq_factor"), keys.number("high_freq_factor")
     if low >= high:
@@ -156,13 +153,13 @@ def _llama3(config: ModelConfig, keys: Keys, max_len: int, device: torch.device 
     return RotaryEmbedding(torch.lerp(plain / keys.number("factor"), plain, share_kept))
 
 
-def _yarn(config: ModelConfig, keys: Keys, max_len: int, device: torch.device | str) -> RotaryEmbedding:
+def _yarn(config: ModelConfig, keys: Keys, max_len: int) -> RotaryEmbedding:
     """The same with a ramp over dimensions instead of turns, and larger scores. https://arxiv.org/abs/2309.00071
 
     The ramp lies between the dimensions that make `beta_fast` and `beta_slow` turns in the original context.
     """
     dim, theta = config.rotary_dim, config.rope_theta
-    plain = plain_frequencies(theta, dim, device)
+    plain = plain_frequencies(theta, dim)
     original = _original_context(keys, config.max_position_embeddings)
     factor = keys.number("factor", config.max_position_embeddings / original)
     ends = [
@@ -173,7 +170,7 @@ def _yarn(config: ModelConfig, keys: Keys, max_len: int, device: torch.device | 
         ends = [math.floor(ends[0]), math.ceil(ends[1])]
     first, last = max(ends[0], 0), min(ends[1], dim - 1)
     width = last - first or 0.001  # a step, where the ramp has no width
-    share_scaled = ((torch.arange(dim // 2, device=device).float() - first) / width).clamp(0.0, 1.0)
+    share_scaled = ((torch.arange(dim // 2).float() - first) / width).clamp(0.0, 1.0)
     return RotaryEmbedding(torch.lerp(plain, plain / factor, share_scaled), _yarn_magnitude(keys, factor))
 
 
@@ -189,13 +186,13 @@ def _yarn_magnitude(keys: Keys, factor: float) -> float:
     return growth(1.0) if over is None or under is None else growth(over) / growth(under)
 
 
-def _longrope(config: ModelConfig, keys: Keys, max_len: int, device: torch.device | str) -> RotaryEmbedding:
+def _longrope(config: ModelConfig, keys: Keys, max_len: int) -> RotaryEmbedding:
     """A divisor for each frequency, from one of two lists (Phi-3). https://arxiv.org/abs/2402.13753
 
     The lists are for sequences within and beyond the original context. Keys rotated by one do not fit
     queries rotated by the other, so `max_len` decides for all sequences.
     """
-    plain = plain_frequencies(config.rope_theta, config.rotary_dim, device)
+    plain = plain_frequencies(config.rope_theta, config.rotary_dim)
     original = _original_context(keys)
     name = "long_factor" if max_len > original else "short_factor"
     divisors = keys.sequence(name)
@@ -208,7 +205,7 @@ def _longrope(config: ModelConfig, keys: Keys, max_len: int, device: torch.devic
     implied = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1.0 else 1.0
     magnitude = keys.optional_number("attention_factor")
     return RotaryEmbedding(
-        plain / torch.tensor(divisors, device=device).float(), implied if magnitude is None else magnitude
+        plain / torch.tensor(divisors).float(), implied if magnitude is None else magnitude
     )
 
 
@@ -223,7 +220,7 @@ def _is_positive(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0.0 < value < math.inf
 
 
-Scaling = Callable[[ModelConfig, Keys, int, torch.device | str], RotaryEmbedding]
+Scaling = Callable[[ModelConfig, Keys, int], RotaryEmbedding]
 SCALINGS: Mapping[str, Scaling] = MappingProxyType(
     {"dynamic": _dynamic, "linear": _linear, "llama3": _llama3, "longrope": _longrope, "yarn": _yarn}
 )

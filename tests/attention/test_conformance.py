@@ -91,7 +91,9 @@ def test_agrees_with_oracle(
 def test_every_kind_of_layer_agrees_with_oracle(
     backend_name: str, layer: AttentionLayer, case: Case, dtype: torch.dtype
 ) -> None:
-    problem = compare(load_backend(backend_name), load_backend(ORACLE), case, config(6, 2, 16), dtype, layer)
+    problem = compare(
+        load_backend(backend_name), load_backend(ORACLE), case, config(6, 2, 16), dtype, layer=layer
+    )
     assert problem is None
 
 
@@ -117,5 +119,7 @@ def layers(draw: st.DrawFn) -> AttentionLayer:
 @given(case=cases(), layer=layers())
 @settings(max_examples=40)
 def test_agrees_with_oracle_on_any_layout(name: str, case: Case, layer: AttentionLayer) -> None:
-    problem = compare(load_backend(name), load_backend(ORACLE), case, config(6, 2, 16), torch.float32, layer)
+    problem = compare(
+        load_backend(name), load_backend(ORACLE), case, config(6, 2, 16), torch.float32, layer=layer
+    )
     assert problem is None

@@ -99,7 +99,7 @@ def test_capped_scores_are_computed_in_blocks(monkeypatch: pytest.MonkeyPatch, w
     monkeypatch.setattr(cpu, "MAX_SCORES", 4 * 90 * 7)
     case = Case((90,), (30,), tuple(range(1, 91)))
     layer = AttentionLayer(0, 0.25, window, softcap=0.8)
-    assert compare(CpuAttention(), TorchRefAttention(), case, CONFIG, torch.float32, layer) is None
+    assert compare(CpuAttention(), TorchRefAttention(), case, CONFIG, torch.float32, layer=layer) is None
 
 
 def pieces(*parts: tuple[int, int]) -> tuple[Run | torch.Tensor, ...]:

@@ -27,7 +27,7 @@ CONFIG = ModelConfig(
 def attend(
     case: Case, layer: AttentionLayer | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    outcome = compute(TorchRefAttention(), case, CONFIG, torch.float32, layer)
+    outcome = compute(TorchRefAttention(), case, CONFIG, torch.float32, layer=layer)
     slots = torch.tensor(case.slots)
     return outcome.out, outcome.k[slots], outcome.v[slots]
 
