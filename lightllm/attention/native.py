@@ -106,7 +106,7 @@ class NativeAttention(AttentionBackend):
         parts, arguments = plan.parts[layer.window]
         out = torch.empty(q.shape[0], num_q_heads * a.head_dim)
         a.q, a.k, a.v, a.out = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()
-        a.q_stride, a.kv_stride, a.num_q_heads = q.stride(0), k.stride(0), num_q_heads
+        a.q_stride, a.k_stride, a.v_stride, a.num_q_heads = q.stride(0), k.stride(0), v.stride(0), num_q_heads
         a.pool_k, a.pool_v = batch.kv_pool.k[layer.index].data_ptr(), batch.kv_pool.v[layer.index].data_ptr()
         a.partial, a.window = parts.partial.data_ptr(), layer.window or 0
         a.scale, a.softcap = layer.scale, layer.softcap or 0.0

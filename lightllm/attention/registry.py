@@ -12,7 +12,7 @@ import torch
 
 from lightllm.attention.base import AttentionBackend
 from lightllm.attention.native import NativeAttention
-from lightllm.attention.self_check import START_CASE, compare
+from lightllm.attention.self_check import check
 from lightllm.errors import ConfigError
 from lightllm.model_config import ModelConfig
 from lightllm.native.library import MAX_GROUP, MAX_HEAD_DIM, PANEL, NativeLibrary
@@ -58,7 +58,7 @@ def select_backend(
                 failures.append(problem)
             continue
         backend = load_backend(candidate, library)
-        problem = compare(backend, oracle, START_CASE, config, dtype)
+        problem = check(backend, oracle, config, dtype)
         if problem is None:
             return backend, "; ".join([*failures, f"agrees with {ORACLE} on random data"])
         failures.append(f"{candidate} failed its self-check: {problem}")

@@ -45,6 +45,9 @@ START_CASE = Case(
     slots=(*range(60, 0, -2), *range(1, 60, 2), *range(70, 377)),
 )
 
+# Shorter than some of its sequences, whatever the model's own is.
+START_WINDOW = 24
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -55,8 +58,38 @@ class Outcome:
     v: Tensor
 
 
-def compute(backend: AttentionBackend, case: Case, config: ModelConfig, dtype: torch.dtype) -> Outcome:
-    """Run a backend on random tensors, which depend on the case, config and dtype only."""
+def check(
+    backend: AttentionBackend, oracle: AttentionBackend, config: ModelConfig, dtype: torch.dtype
+) -> str | None:
+    """Compare both on START_CASE, for each kind of layer that the model has.
+
+    Returns:
+        None if they agree, else what is wrong, in words.
+    """
+    kinds = {config.window(i) is not None for i in range(config.num_hidden_layers)}
+    for is_sliding in sorted(kinds):
+        window = START_WINDOW if is_sliding else None
+        layer = AttentionLayer(0, config.attention_scale, window, config.attn_logit_softcapping)
+        problem = compare(backend, oracle, START_CASE, config, dtype, layer=layer)
+        if problem is not None:
+            return problem
+    return None
+
+
+def compute(
+    backend: AttentionBackend,
+    case: Case,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    *,
+    layer: AttentionLayer | None = None,
+) -> Outcome:
+    """Run a backend on random tensors, which depend on the case, config and dtype only.
+
+    Args:
+        layer: index 0; the usual scale, and neither window nor softcap, when left out.
+    """
+    layer = layer or AttentionLayer(0, config.head_dim**-0.5)
     generator = torch.Generator().manual_seed(len(case.slots))
     pool = KVPool(msgspec.structs.replace(config, num_hidden_layers=1), max(case.slots) + 1, dtype)
     for tensor in (pool.k[0], pool.v[0]):
@@ -68,23 +101,29 @@ def compute(backend: AttentionBackend, case: Case, config: ModelConfig, dtype: t
     batch = _batch(case, pool)
     with torch.inference_mode():
         batch.plan = backend.plan(batch)
-        out = backend.forward(q, k, v, AttentionLayer(0, config.head_dim**-0.5), batch)
+        out = backend.forward(q, k, v, layer, batch)
     return Outcome(out, pool.k[0], pool.v[0])
 
 
 def compare(
-    backend: AttentionBackend, oracle: AttentionBackend, case: Case, config: ModelConfig, dtype: torch.dtype
+    backend: AttentionBackend,
+    oracle: AttentionBackend,
+    case: Case,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    *,
+    layer: AttentionLayer | None = None,
 ) -> str | None:
-    """Run both on a case.
+    """Run both on a case; see `compute`.
 
     Returns:
         None if they agree, else what is wrong, in words.
     """
     try:
-        got = compute(backend, case, config, dtype)
+        got = compute(backend, case, config, dtype, layer=layer)
     except (AttributeError, NotImplementedError, RuntimeError, TypeError) as error:
         return f"{type(error).__name__}: {error}"  # an operation that this build of torch lacks
-    expected = compute(oracle, case, config, dtype)
+    expected = compute(oracle, case, config, dtype, layer=layer)
     if not torch.equal(got.k, expected.k) or not torch.equal(got.v, expected.v):
         return "keys and values are not in their slots"
     if got.out.shape != expected.out.shape or got.out.dtype != expected.out.dtype:

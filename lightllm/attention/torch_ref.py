@@ -20,22 +20,22 @@ class SequencePlan:
     Attributes:
         start, end: its tokens in the batch.
         slots: [seq_len] int64, its slots in the order of positions.
-        bias: [query_len, seq_len] float32, 0 where the key may be seen and -inf where it lies ahead.
+        distances: [query_len, seq_len] int64, how far each key lies behind each query; below 0: ahead of it.
     """
 
     start: int
     end: int
     slots: Tensor
-    bias: Tensor
+    distances: Tensor
 
 
 class TorchRefAttention(AttentionBackend):
-    """The plain formula: softmax(q k^T / sqrt(head_dim) + bias) v, per sequence."""
+    """The plain formula, per sequence: softmax(cap(scale q k^T) + bias) v, the bias -inf on unseen keys."""
 
     name: ClassVar[str] = "torch_ref"
 
     def plan(self, batch: ForwardBatch) -> list[SequencePlan]:
-        """Collect slots and causal mask of each sequence."""
+        """Collect slots and distances of each sequence."""
         sequences = []
         for i, row in enumerate(batch.rows):
             start, end, seq_len = (
@@ -43,11 +43,9 @@ class TorchRefAttention(AttentionBackend):
                 int(batch.cu_seqlens_q[i + 1]),
                 int(batch.seq_lens[i]),
             )
-            is_ahead = torch.arange(seq_len) > batch.positions[start:end, None]
-            bias = torch.zeros(end - start, seq_len).masked_fill_(is_ahead, -torch.inf)
-            sequences.append(
-                SequencePlan(start, end, torch.from_numpy(batch.slot_table[row, :seq_len]).long(), bias)
-            )
+            slots = torch.from_numpy(batch.slot_table[row, :seq_len]).long()
+            distances = batch.positions[start:end, None] - torch.arange(seq_len)
+            sequences.append(SequencePlan(start, end, slots, distances))
         return sequences
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer, batch: ForwardBatch) -> Tensor:
@@ -61,6 +59,12 @@ class TorchRefAttention(AttentionBackend):
             queries = q[s.start : s.end].transpose(0, 1).float()  # [num_q_heads, query_len, head_dim]
             keys = pool_k[s.slots].float().repeat_interleave(group, 1).permute(1, 2, 0)
             values = pool_v[s.slots].float().repeat_interleave(group, 1).transpose(0, 1)
-            scores = queries @ keys * q.shape[2] ** -0.5 + s.bias  # [num_q_heads, query_len, seq_len]
+            scores = queries @ keys * layer.scale  # [num_q_heads, query_len, seq_len]
+            if layer.softcap is not None:
+                scores = layer.softcap * torch.tanh(scores / layer.softcap)
+            is_hidden = s.distances < 0
+            if layer.window is not None:
+                is_hidden |= s.distances >= layer.window
+            scores.masked_fill_(is_hidden, -torch.inf)
             out[s.start : s.end] = (scores.softmax(-1) @ values).transpose(0, 1)
         return out.flatten(1)

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 import tokenizers
 
+from lightllm.config_keys import Keys
 from lightllm.errors import ModelLoadError, RequestError
 from lightllm.frontend import gguf_vocab
 from lightllm.frontend.chat_template import ChatTemplate, read_chat_template
@@ -91,12 +92,12 @@ class Tokenizer:
         Raises:
             ModelLoadError: a kind of tokenizer that is not known, or damaged metadata.
         """
-        eos = metadata.get("tokenizer.ggml.eos_token_id")
+        keys = Keys(metadata, origin)
         return cls(
             gguf_vocab.build(metadata, origin),
-            bos_token_id=metadata.get("tokenizer.ggml.bos_token_id"),
-            eos_token_ids=[] if eos is None else [eos],
-            chat_template=chat_template or metadata.get("tokenizer.chat_template"),
+            bos_token_id=keys.optional_int("tokenizer.ggml.bos_token_id"),
+            eos_token_ids=keys.ids("tokenizer.ggml.eos_token_id"),
+            chat_template=chat_template or keys.text("tokenizer.chat_template", ""),
             origin=origin,
         )
 

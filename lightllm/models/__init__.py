@@ -24,6 +24,15 @@ logger = logging.getLogger(__name__)
 ARCHITECTURES: Mapping[str, str] = MappingProxyType(
     {
         "LlamaForCausalLM": "lightllm.models.llama:LlamaForCausalLM",
+        "MistralForCausalLM": "lightllm.models.mistral:MistralForCausalLM",
+        "Qwen2ForCausalLM": "lightllm.models.qwen2:Qwen2ForCausalLM",
+        "Qwen3ForCausalLM": "lightllm.models.qwen3:Qwen3ForCausalLM",
+        "Gemma2ForCausalLM": "lightllm.models.gemma2:Gemma2ForCausalLM",
+        "Gemma3ForCausalLM": "lightllm.models.gemma3:Gemma3ForCausalLM",
+        "Phi3ForCausalLM": "lightllm.models.phi3:Phi3ForCausalLM",
+        "InternLM2ForCausalLM": "lightllm.models.internlm2:InternLM2ForCausalLM",
+        "GlmForCausalLM": "lightllm.models.glm4:GlmForCausalLM",
+        "Glm4ForCausalLM": "lightllm.models.glm4:Glm4ForCausalLM",
     }
 )
 
@@ -51,6 +60,7 @@ def load_model(
     num_threads: int,
     progress: Progress,
     packed: bool = False,
+    max_len: int | None = None,
 ) -> Model:
     """Load a model onto the CPU; blocks until it can compute.
 
@@ -63,6 +73,7 @@ def load_model(
         num_threads: that read and unpack weights at once.
         progress: called as `progress(done, total)`, counting weights.
         packed: keep quantised weights as stored: an eighth of the memory of float32, and slow in plain torch.
+        max_len: of the longest sequence there will be; all that the config allows when left out.
 
     Raises:
         ModelLoadError: unknown architecture, or a tensor is missing or does not fit the config.
@@ -75,4 +86,4 @@ def load_model(
     )
     if unused := unused_names(specs, source):
         logger.warning("%d tensors are not used, among them %s", len(unused), ", ".join(unused[:3]))
-    return cls(config, weights, backend, ops)
+    return cls(config, weights, backend, ops, max_len or config.max_position_embeddings)

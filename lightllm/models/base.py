@@ -6,7 +6,8 @@ neither files nor requests nor where a sequence's KV lies. Runs in the worker.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -25,11 +26,23 @@ class LinearSpec:
         parts: checkpoint name without `.weight` -> its out_features, in the order of rows.
         in_features: columns.
         has_bias: each part has a `.bias` too.
+        row_orders: of parts whose rows the checkpoint keeps in another order than layers want them: part ->
+            [out_features] int64, row i of the part here is row `row_orders[part][i]` there.
     """
 
     parts: Mapping[str, int]
     in_features: int
     has_bias: bool = False
+    row_orders: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def below(self, module: str) -> "LinearSpec":
+        """Return the same with all parts named within that module."""
+        return LinearSpec(
+            {f"{module}.{part}": rows for part, rows in self.parts.items()},
+            self.in_features,
+            self.has_bias,
+            {f"{module}.{part}": order for part, order in self.row_orders.items()},
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +52,13 @@ class VectorSpec:
     Attributes:
         name: in the checkpoint.
         size: number of elements.
+        offset: added to what the checkpoint has. The sum is kept in float32: 1 + w with a small w loses most
+            of w in bfloat16.
     """
 
     name: str
     size: int
+    offset: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +71,7 @@ class WeightSpecs:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """What WeightSpecs asked for, under the same names and in one dtype."""
+    """What WeightSpecs asked for, under the same names, in the compute dtype (but see VectorSpec.offset)."""
 
     linears: Mapping[str, LinearMethod]
     vectors: Mapping[str, Tensor]
@@ -75,12 +91,18 @@ class Model(ABC):
         weights: what `weight_specs` asked for.
         backend: its attention.
         ops: everything else that its layers compute.
+        max_len: of the longest sequence there will be.
 
     Attributes:
+        checkpoints: well-known models of this architecture, for docs/models.md.
         num_bytes: memory that the weights take.
     """
 
-    def __init__(self, config: ModelConfig, weights: Weights, backend: AttentionBackend, ops: Ops) -> None:
+    checkpoints: ClassVar[str]
+
+    def __init__(
+        self, config: ModelConfig, weights: Weights, backend: AttentionBackend, ops: Ops, max_len: int
+    ) -> None:
         self.config = config
         self.backend = backend
         self.ops = ops

@@ -84,7 +84,10 @@ class _Loader:
         self.packed = packed
 
     def linear(self, spec: LinearSpec) -> LinearMethod:
-        parts = [self._read(f"{part}.weight", (rows, spec.in_features)) for part, rows in spec.parts.items()]
+        parts = [
+            _reordered(self._read(f"{part}.weight", (rows, spec.in_features)), spec.row_orders.get(part))
+            for part, rows in spec.parts.items()
+        ]
         bias = self._bias(spec) if spec.has_bias else None
         packed_parts = [part for part in parts if isinstance(part, PackedTensor)]
         if self.packed and len(packed_parts) == len(parts):
@@ -94,13 +97,16 @@ class _Loader:
         return self.ops.dense_linear(weight, bias)
 
     def vector(self, spec: VectorSpec) -> Tensor:
-        vector = torch.empty(spec.size, dtype=self.dtype)
+        vector = torch.empty(spec.size, dtype=torch.float32 if spec.offset else self.dtype)
         _fill(vector, _blocks(self._read(spec.name, (spec.size,))))
-        return vector
+        return vector.add_(spec.offset) if spec.offset else vector
 
     def _bias(self, spec: LinearSpec) -> Tensor:
         bias = torch.empty(sum(spec.parts.values()), dtype=self.dtype)
-        parts = (self._read(f"{part}.bias", (rows,)) for part, rows in spec.parts.items())
+        parts = (
+            _reordered(self._read(f"{part}.bias", (rows,)), spec.row_orders.get(part))
+            for part, rows in spec.parts.items()
+        )
         _fill(bias, itertools.chain.from_iterable(map(_blocks, parts)))
         return bias
 
@@ -112,6 +118,14 @@ class _Loader:
                 f"tensor {name}: got shape {list(got)}, expected {list(expected)} by the model's config"
             )
         return self.source.load(name)
+
+
+def _reordered(tensor: Tensor | PackedTensor, order: Tensor | None) -> Tensor | PackedTensor:
+    if order is None:
+        return tensor
+    if isinstance(tensor, PackedTensor):
+        return PackedTensor(tensor.type, tensor.data[order], tensor.shape)
+    return tensor[order]
 
 
 def _blocks(tensor: Tensor | PackedTensor) -> Iterable[Tensor]:

@@ -51,7 +51,10 @@ class Attention(ctypes.Structure):
     _fields_ = (
         *((name, _P) for name in ("q", "k", "v", "pool_k", "pool_v", "out", "partial", "out_slots", "slots")),
         *((name, _P) for name in ("rows", "seq_lens", "query_lens", "starts", "parts")),
-        *((name, ctypes.c_int64) for name in ("num_tokens", "q_stride", "kv_stride", "slots_stride")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("num_tokens", "q_stride", "k_stride", "v_stride", "slots_stride")
+        ),
         *((name, ctypes.c_int32) for name in ("num_q_heads", "num_kv_heads", "head_dim", "window")),
         *((name, _F) for name in ("scale", "softcap")),
     )

@@ -15,8 +15,9 @@ import numpy as np
 
 from lightllm.config import Config
 from lightllm.errors import ConfigError, ModelLoadError
-from lightllm.model_config import ModelConfig
+from lightllm.model_config import FULL, SLIDING, ModelConfig
 from lightllm.weights.gguf import GGUFReader
+from lightllm.weights.gguf_config import ROPE_TENSORS, gguf_model_config
 
 if TYPE_CHECKING:
     from lightllm.frontend.tokenizer import Tokenizer
@@ -225,13 +226,14 @@ def describe_files(files: ModelFiles, override_config: Mapping[str, Any] | None 
 
 def _gguf_config(path: Path) -> ModelConfig:
     reader = GGUFReader(path)
-    factors: list[float] = []
-    if "rope_freqs.weight" in reader.tensors:
-        factors = np.frombuffer(reader.data("rope_freqs.weight"), "<f4").tolist()
+    factors: dict[str, list[float]] = {}
+    for info in filter(None, map(reader.tensors.get, ROPE_TENSORS)):
+        if info.type != "F32" or len(info.shape) != 1:
+            got = f"{info.type} {list(info.shape)}"
+            raise ModelLoadError(f"{path}: tensor {info.name}: got {got}, expected F32 of one dimension")
+        factors[info.name] = np.frombuffer(reader.data(info.name), "<f4").tolist()
     try:
-        return ModelConfig.from_gguf(
-            reader.metadata, has_lm_head="output.weight" in reader.tensors, rope_factors=factors
-        )
+        return gguf_model_config(reader.metadata, reader.tensors.keys(), factors)
     except ModelLoadError as error:
         raise ModelLoadError(f"{path}: {error}") from error
 
@@ -244,6 +246,7 @@ def _hf_keys(config: ModelConfig) -> dict[str, Any]:
         "architectures": [keys.pop("architecture")],
         "eos_token_id": keys.pop("eos_token_ids"),
         "use_sliding_window": config.sliding_window is not None,
+        "layer_types": [SLIDING if config.window(i) else FULL for i in range(config.num_hidden_layers)],
     }
 
 

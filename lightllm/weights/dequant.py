@@ -146,6 +146,32 @@ def _q6_k(blocks: torch.Tensor, out: torch.Tensor) -> None:
     out.view(-1, 16, 16).mul_(scales[:, :, None])
 
 
+# ---------------------------------------------------------------- 4 bits that choose from 16 uneven levels
+
+_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+
+
+def _levels(packed: torch.Tensor, out: torch.Tensor) -> None:
+    """The levels that nibbles of [n, 16] bytes choose, into `out` [n, 32]; low nibbles come first."""
+    table = torch.tensor(_LEVELS, dtype=torch.float32)
+    out[:, :16].copy_(table[(packed & 0xF).int()])
+    out[:, 16:].copy_(table[(packed >> 4).int()])
+
+
+def _iq4_nl(blocks: torch.Tensor, out: torch.Tensor) -> None:
+    _levels(blocks[:, 2:], out)
+    out.mul_(_halves(blocks, 0))
+
+
+def _iq4_xs(blocks: torch.Tensor, out: torch.Tensor) -> None:
+    low = torch.stack([blocks[:, 4:8] & 0xF, blocks[:, 4:8] >> 4], 2).flatten(1)
+    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8)
+    high = ((blocks[:, 2:4, None] >> shifts) & 3).flatten(1)
+    scales = (low | (high << 4)).float().sub_(32).mul_(_halves(blocks, 0))  # [n, 8]
+    _levels(blocks[:, 8:].reshape(-1, 16), out.view(-1, 32))
+    out.view(-1, 8, 32).mul_(scales[:, :, None])
+
+
 UNPACKERS: Mapping[str, Callable[[torch.Tensor, torch.Tensor], None]] = MappingProxyType(
     {
         "Q4_0": _q4_0,
@@ -158,5 +184,7 @@ UNPACKERS: Mapping[str, Callable[[torch.Tensor, torch.Tensor], None]] = MappingP
         "Q4_K": _q4_k,
         "Q5_K": _q5_k,
         "Q6_K": _q6_k,
+        "IQ4_NL": _iq4_nl,
+        "IQ4_XS": _iq4_xs,
     }
 )

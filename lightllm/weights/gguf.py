@@ -30,6 +30,11 @@ BLOCK_LAYOUTS: Mapping[str, BlockLayout] = MappingProxyType(
         "F32": BlockLayout(1, 4),
         "F16": BlockLayout(1, 2),
         "BF16": BlockLayout(1, 2),
+        "F64": BlockLayout(1, 8),
+        "I8": BlockLayout(1, 1),
+        "I16": BlockLayout(1, 2),
+        "I32": BlockLayout(1, 4),
+        "I64": BlockLayout(1, 8),
         "Q4_0": BlockLayout(32, 18),
         "Q4_1": BlockLayout(32, 20),
         "Q5_0": BlockLayout(32, 22),
@@ -40,6 +45,8 @@ BLOCK_LAYOUTS: Mapping[str, BlockLayout] = MappingProxyType(
         "Q4_K": BlockLayout(256, 144),
         "Q5_K": BlockLayout(256, 176),
         "Q6_K": BlockLayout(256, 210),
+        "IQ4_NL": BlockLayout(32, 18),
+        "IQ4_XS": BlockLayout(256, 136),
     }
 )
 
@@ -49,7 +56,7 @@ _TYPE_NAMES: Mapping[int, str] = MappingProxyType({
     0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 9: "Q8_1", 10: "Q2_K",
     11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS",
     19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32",
-    27: "I64", 28: "F64", 29: "IQ1_M", 30: "BF16", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",
+    27: "I64", 28: "F64", 29: "IQ1_M", 30: "BF16", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4",
 })
 # Number of a metadata value type -> numpy dtype; strings and arrays are no scalars.
 _SCALARS: Mapping[int, str] = MappingProxyType({
@@ -60,6 +67,8 @@ _SCALARS: Mapping[int, str] = MappingProxyType({
 _STRING = 8
 _ARRAY = 9
 _MAX_DIMS = 4
+# Elements of a metadata array: far more than any vocabulary, far less than a damaged count may claim.
+_MAX_ARRAY = 1 << 24
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
 
@@ -152,6 +161,8 @@ class GGUFReader:
         if kind != _ARRAY:
             return self._numbers(1, kind, key)[0]
         kind, count = self._u32(), self._u64()
+        if count > _MAX_ARRAY:
+            self._fail(f"damaged: {key} claims {count} values; at most {_MAX_ARRAY} are read")
         if kind == _STRING:
             return self._strings(count, key)
         return self._numbers(count, kind, key)

@@ -1,18 +1,20 @@
 """GGUFSource: the tensors of a GGUF file under their HF names, quantised ones still packed.
 
-Owns the mapping of names and the undoing of llama.cpp's rotary permutation; the file format is `gguf`'s.
-Nothing is copied except permuted rows: tensors are views of the memory map.
+Owns the mapping of names and the undoing of what llama.cpp's converter does to weights; the file format is
+`gguf`'s. Nothing is copied except permuted rows and shifted norms: tensors are views of the memory map.
 """
 
 import re
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
+from typing import Any
 
 import torch
 
 from lightllm.errors import ModelLoadError
 from lightllm.weights.base import PackedTensor
 from lightllm.weights.gguf import GGUFReader
+from lightllm.weights.gguf_config import PERMUTED, ROPE_TENSORS
 
 _TOP_NAMES: Mapping[str, str] = MappingProxyType(
     {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -32,10 +34,40 @@ _LAYER_NAMES: Mapping[str, str] = MappingProxyType(
         "ffn_down": "mlp.down_proj",
     }
 )
-# Not weights: divisors of rotary frequencies, which ModelConfig.from_gguf reads.
-_ROPE_FACTORS = "rope_freqs.weight"
-_PLAIN_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
-    {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_GEMMA_NAMES: Mapping[str, str] = MappingProxyType(
+    {
+        "post_attention_norm": "post_attention_layernorm",
+        "ffn_norm": "pre_feedforward_layernorm",
+        "post_ffw_norm": "post_feedforward_layernorm",
+    }
+)
+# general.architecture -> names that differ from those above.
+_OWN_NAMES: Mapping[str, Mapping[str, str]] = MappingProxyType(
+    {
+        "gemma2": _GEMMA_NAMES,
+        "gemma3": _GEMMA_NAMES,
+        "phi3": {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"},
+        "glm4": {
+            "post_attention_norm": "post_self_attn_layernorm",
+            "post_ffw_norm": "post_mlp_layernorm",
+            "ffn_up": "mlp.gate_up_proj",
+        },
+    }
+)
+# Architectures whose converter adds one to every norm.
+_SHIFTED_NORMS = frozenset({"gemma2", "gemma3"})
+
+PLAIN_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
+    {
+        "F32": torch.float32,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+        "F64": torch.float64,
+        "I8": torch.int8,
+        "I16": torch.int16,
+        "I32": torch.int32,
+        "I64": torch.int64,
+    }
 )
 
 
@@ -49,7 +81,7 @@ class GGUFSource:
     def __init__(self, reader: GGUFReader) -> None:
         self.reader = reader
         self._arch = str(reader.metadata.get("general.architecture", ""))
-        self._stored = {hf_name(name, reader): name for name in reader.tensors if name != _ROPE_FACTORS}
+        self._stored = {self._hf_name(name): name for name in reader.tensors if name not in ROPE_TENSORS}
 
     def names(self) -> Iterable[str]:
         """HF names of all tensors, in the file's order."""
@@ -60,14 +92,16 @@ class GGUFSource:
         return self.reader.tensors[self._find(name)].shape
 
     def load(self, name: str) -> torch.Tensor | PackedTensor:
-        """A view of the file, packed if quantised; only q and k rows of llama are copied."""
+        """A view of the file, packed if quantised; permuted rows and shifted norms are copied."""
         stored = self._find(name)
         info = self.reader.tensors[stored]
-        dtype = _PLAIN_DTYPES.get(info.type)
+        dtype = PLAIN_DTYPES.get(info.type)
         data = torch.frombuffer(self.reader.data(stored), dtype=dtype or torch.uint8)
         heads = self._permuted_heads(stored)
         if dtype is not None:
             plain = data.view(info.shape)
+            if self._arch in _SHIFTED_NORMS and stored.endswith("norm.weight"):
+                return plain.float() - 1.0
             return unpermute_rows(plain, heads) if heads else plain
         if len(info.shape) != 2:
             raise ModelLoadError(
@@ -82,35 +116,35 @@ class GGUFSource:
             raise ModelLoadError(f"{self.reader.path}: has no tensor for {name}")
         return self._stored[name]
 
+    def _hf_name(self, name: str) -> str:
+        layer = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
+        if layer:
+            own = _OWN_NAMES.get(self._arch, {})
+            module = own.get(layer[2]) or _LAYER_NAMES.get(layer[2])
+            if module:
+                return f"model.layers.{layer[1]}.{module}.{layer[3]}"
+        module, _, part = name.rpartition(".")
+        if module in _TOP_NAMES and part == "weight":
+            return f"{_TOP_NAMES[module]}.weight"
+        raise ModelLoadError(
+            f"{self.reader.path}: tensor {name}: not part of a model of architecture {self._arch!r}"
+        )
+
     def _permuted_heads(self, stored: str) -> int:
-        """Number of heads whose rows llama.cpp's converter has interleaved; 0 if it has not."""
+        """Number of heads whose rows the converter has interleaved; 0 if it has not."""
         kind = stored.split(".")[-2]
-        if self._arch != "llama" or kind not in ("attn_q", "attn_k"):
+        if self._arch not in PERMUTED or kind not in ("attn_q", "attn_k"):
             return 0
-        heads = self.reader.metadata["llama.attention.head_count"]
+        metadata: Mapping[str, Any] = self.reader.metadata
+        heads = metadata.get(f"{self._arch}.attention.head_count")
         if kind == "attn_k":
-            heads = self.reader.metadata.get("llama.attention.head_count_kv", heads)
+            heads = metadata.get(f"{self._arch}.attention.head_count_kv", heads)
         rows = self.reader.tensors[stored].shape[0]
         if not isinstance(heads, int) or heads < 1 or rows % (2 * heads):
             raise ModelLoadError(
                 f"{self.reader.path}: tensor {stored}: got {rows} rows, expected a multiple of 2 * {heads}"
             )
         return heads
-
-
-def hf_name(name: str, reader: GGUFReader) -> str:
-    """HF name of a GGUF tensor.
-
-    Raises:
-        ModelLoadError: no such tensor is known.
-    """
-    layer = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
-    if layer and layer[2] in _LAYER_NAMES:
-        return f"model.layers.{layer[1]}.{_LAYER_NAMES[layer[2]]}.{layer[3]}"
-    module, _, part = name.rpartition(".")
-    if module in _TOP_NAMES and part == "weight":
-        return f"{_TOP_NAMES[module]}.weight"
-    raise ModelLoadError(f"{reader.path}: tensor {name}: not part of a model of the Llama or Qwen family")
 
 
 def unpermute_rows(rows: torch.Tensor, num_heads: int) -> torch.Tensor:

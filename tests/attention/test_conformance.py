@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lightllm.attention.base import AttentionLayer
 from lightllm.attention.native import NativeAttention
 from lightllm.attention.registry import BACKENDS, ORACLE, load_backend
 from lightllm.attention.self_check import START_CASE, Case, compare
@@ -45,6 +46,16 @@ CASES = {
     "mixed": Case((33, 70, 12, 500, 6), (33, 5, 1, 1, 1), runs((10, 621))),
 }
 
+# What a layer may ask for beside the defaults; scores are about 1, so that each of these changes results.
+LAYERS = {
+    "scale": AttentionLayer(0, 0.31),
+    "window 1": AttentionLayer(0, 0.25, window=1),
+    "window 37": AttentionLayer(0, 0.25, window=37),
+    "window 290": AttentionLayer(0, 0.25, window=290),
+    "softcap": AttentionLayer(0, 0.25, softcap=0.7),
+    "all": AttentionLayer(0, 0.2, window=65, softcap=1.5),
+}
+
 
 def config(num_q_heads: int, num_kv_heads: int, head_dim: int) -> ModelConfig:
     return ModelConfig(
@@ -78,6 +89,18 @@ def test_agrees_with_oracle(
     assert compare(backend, load_backend(ORACLE), case, config(*heads), dtype) is None
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS.keys())
+def test_every_kind_of_layer_agrees_with_oracle(
+    backend_name: str, layer: AttentionLayer, case: Case, dtype: torch.dtype
+) -> None:
+    if backend_name == "native" and not NativeAttention.supports(dtype, 16, 3):
+        pytest.skip("refused by select_backend")
+    backend = load_backend(backend_name, library_or_skip() if backend_name == "native" else None)
+    assert compare(backend, load_backend(ORACLE), case, config(6, 2, 16), dtype, layer=layer) is None
+
+
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     seq_lens = draw(st.lists(st.integers(1, 400), min_size=1, max_size=6))
@@ -89,9 +112,17 @@ def cases(draw: st.DrawFn) -> Case:
     return Case(tuple(seq_lens), tuple(query_lens), tuple(slot for piece in pieces for slot in piece))
 
 
+@st.composite
+def layers(draw: st.DrawFn) -> AttentionLayer:
+    window = draw(st.none() | st.integers(1, 450))
+    softcap = draw(st.none() | st.floats(0.5, 50.0))
+    return AttentionLayer(0, draw(st.floats(0.05, 0.5)), window, softcap)
+
+
 @pytest.mark.parametrize("name", [name for name in BACKENDS if name != ORACLE])
-@given(case=cases())
-@settings(max_examples=30)
-def test_agrees_with_oracle_on_any_layout(name: str, case: Case) -> None:
+@given(case=cases(), layer=layers())
+@settings(max_examples=40)
+def test_agrees_with_oracle_on_any_layout(name: str, case: Case, layer: AttentionLayer) -> None:
     backend = load_backend(name, library_or_skip() if name == "native" else None)
-    assert compare(backend, load_backend(ORACLE), case, config(6, 2, 16), torch.float32) is None
+    problem = compare(backend, load_backend(ORACLE), case, config(6, 2, 16), torch.float32, layer=layer)
+    assert problem is None

@@ -7,7 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightllm.attention import cpu
-from lightllm.attention.cpu import MAX_GATHERED_LEN, MIN_VIEW_LEN, CpuAttention, Run, find_pieces
+from lightllm.attention.base import AttentionLayer
+from lightllm.attention.cpu import MAX_GATHERED_LEN, MIN_VIEW_LEN, CpuAttention, Run, find_pieces, make_plan
+from lightllm.attention.self_check import Case, compare
+from lightllm.attention.torch_ref import TorchRefAttention
 from lightllm.device.forward_batch import ForwardBatch
 from lightllm.device.kv_pool import KVPool
 from lightllm.model_config import ModelConfig
@@ -26,9 +29,15 @@ CONFIG = ModelConfig(
 )
 
 
-def plan(seq_lens: list[int], query_lens: list[int]) -> cpu.Plan:
+def plan(
+    seq_lens: list[int], query_lens: list[int], window: int | None = None, has_softcap: bool = False
+) -> cpu.Plan:
+    return make_plan(batch_of(seq_lens, query_lens), window, has_softcap)
+
+
+def batch_of(seq_lens: list[int], query_lens: list[int]) -> ForwardBatch:
     num_tokens = sum(query_lens)
-    batch = ForwardBatch.build(
+    return ForwardBatch.build(
         rows=np.arange(len(seq_lens)),
         seq_lens=np.array(seq_lens),
         query_lens=np.array(query_lens),
@@ -37,7 +46,6 @@ def plan(seq_lens: list[int], query_lens: list[int]) -> cpu.Plan:
         slot_table=np.arange(1, 1 + len(seq_lens) * 600, dtype=np.int32).reshape(len(seq_lens), 600),
         kv_pool=KVPool(CONFIG, 1 + len(seq_lens) * 600, torch.float32),
     )
-    return CpuAttention().plan(batch)
 
 
 def test_short_decodes_of_like_length_are_grouped() -> None:
@@ -53,6 +61,45 @@ def test_groups_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     made = plan([60] * 7, [1] * 7)
     assert [group.tokens.tolist() for group in made.groups] == [[0, 1, 2], [3, 4, 5]]
     assert [s.start for s in made.sequences] == [6]
+
+
+def test_a_window_leaves_less_to_read() -> None:
+    made = plan([70, 500, 600, 30, 90, 550], [1, 1, 1, 20, 20, 1], window=40)
+    assert [group.tokens.tolist() for group in made.groups] == [[0, 1, 2, 43]]
+    assert made.groups[0].bias.shape == (4 * 2, 1, 40)
+    assert made.groups[0].kv_rows.view(4, 2, 40)[1, 1, :2].tolist() == [
+        2 * (601 + 460) + 1,
+        2 * (601 + 461) + 1,
+    ]
+    assert [s.start for s in made.sequences] == [3]  # shorter than the window: as without one
+    (masked,) = made.masked
+    assert masked.keys == Run(4 * 600 + 1 + 31, 59)  # the first of the 20 sees 39 tokens before it
+    assert (masked.bias == 0).sum(1).tolist() == [40] * 20
+
+
+def test_windows_that_reach_everything_share_one_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[int | None, bool]] = []
+    make = make_plan
+
+    def count(batch: ForwardBatch, window: int | None, has_softcap: bool) -> cpu.Plan:
+        made.append((window, has_softcap))
+        return make(batch, window, has_softcap)
+
+    monkeypatch.setattr(cpu, "make_plan", count)
+    batch = batch_of([70, 3], [1, 1])
+    batch.plan = CpuAttention().plan(batch)
+    q, kv = torch.zeros(2, 4, 16), torch.zeros(2, 2, 16)
+    for window in (None, 70, 4096, 69, 69, None):
+        CpuAttention().forward(q, kv, kv, AttentionLayer(0, 0.25, window), batch)
+    assert made == [(None, False), (69, False)]
+
+
+@pytest.mark.parametrize("window", [None, 50])
+def test_capped_scores_are_computed_in_blocks(monkeypatch: pytest.MonkeyPatch, window: int | None) -> None:
+    monkeypatch.setattr(cpu, "MAX_SCORES", 4 * 90 * 7)
+    case = Case((90,), (30,), tuple(range(1, 91)))
+    layer = AttentionLayer(0, 0.25, window, softcap=0.8)
+    assert compare(CpuAttention(), TorchRefAttention(), case, CONFIG, torch.float32, layer=layer) is None
 
 
 def pieces(*parts: tuple[int, int]) -> tuple[Run | torch.Tensor, ...]:

@@ -1,8 +1,11 @@
 """The oracle itself, against torch's own attention on sequences that need no pool."""
 
+import math
+
 import torch
 from torch.nn import functional
 
+from lightllm.attention.base import AttentionLayer
 from lightllm.attention.self_check import Case, compute
 from lightllm.attention.torch_ref import TorchRefAttention
 from lightllm.model_config import ModelConfig
@@ -21,8 +24,10 @@ CONFIG = ModelConfig(
 )
 
 
-def attend(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    outcome = compute(TorchRefAttention(), case, CONFIG, torch.float32)
+def attend(
+    case: Case, layer: AttentionLayer | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    outcome = compute(TorchRefAttention(), case, CONFIG, torch.float32, layer=layer)
     slots = torch.tensor(case.slots)
     return outcome.out, outcome.k[slots], outcome.v[slots]
 
@@ -57,3 +62,28 @@ def test_each_sequence_sees_itself_only() -> None:
             q[i, :, None], k[part].transpose(0, 1), v[part].transpose(0, 1), enable_gqa=True
         )
         torch.testing.assert_close(out[i], expected.flatten())
+
+
+def test_window_and_scale() -> None:
+    case = Case((9,), (9,), tuple(range(1, 10)))
+    out, k, v = attend(case, AttentionLayer(0, 0.4, window=3))
+    is_seen = torch.tensor([[0 <= i - j < 3 for j in range(9)] for i in range(9)])
+    expected = functional.scaled_dot_product_attention(
+        queries(case).transpose(0, 1),
+        k.transpose(0, 1),
+        v.transpose(0, 1),
+        attn_mask=is_seen,
+        scale=0.4,
+        enable_gqa=True,
+    )
+    torch.testing.assert_close(out, expected.transpose(0, 1).flatten(1))
+
+
+def test_softcap() -> None:
+    case = Case((2,), (1,), (1, 2))
+    out, k, v = attend(case, AttentionLayer(0, 0.5, softcap=0.6))
+    for head, q in enumerate(queries(case)[0]):
+        first, last = (0.6 * math.tanh(float(q @ k[i, head // 2]) * 0.5 / 0.6) for i in range(2))
+        share = 1 / (1 + math.exp(first - last))  # of the last token
+        expected = (1 - share) * v[0, head // 2] + share * v[1, head // 2]
+        torch.testing.assert_close(out[0].view(4, 16)[head], expected)

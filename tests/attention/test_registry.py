@@ -1,8 +1,10 @@
 """Choosing a backend at start."""
 
+import dataclasses
 from types import MappingProxyType
 from typing import ClassVar
 
+import msgspec
 import pytest
 import torch
 
@@ -38,6 +40,17 @@ class Wrong(CpuAttention):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: AttentionLayer, batch: ForwardBatch
     ) -> torch.Tensor:
         return super().forward(q, k, v, layer, batch) * torch.nan
+
+
+class Shortsighted(CpuAttention):
+    """A backend that knows no windows."""
+
+    name: ClassVar[str] = "shortsighted"
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: AttentionLayer, batch: ForwardBatch
+    ) -> torch.Tensor:
+        return super().forward(q, k, v, dataclasses.replace(layer, window=None), batch)
 
 
 class Lacking(CpuAttention):
@@ -116,3 +129,11 @@ def test_a_named_one_that_fails_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     with_first(monkeypatch, Wrong)
     with pytest.raises(ConfigError, match=r"wrong failed its self-check.*use --attention_backend auto"):
         select_backend("wrong", CONFIG, torch.float32)
+
+
+def test_every_kind_of_layer_that_the_model_has_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_first(monkeypatch, Shortsighted)
+    assert select_backend("auto", CONFIG, torch.float32)[0].name == "shortsighted"
+    layer_types = ["full_attention"] * 29 + ["sliding_attention"]
+    config = msgspec.structs.replace(CONFIG, sliding_window=4096, layer_types=layer_types)
+    assert select_backend("auto", config, torch.float32)[0].name == "torch_ref"

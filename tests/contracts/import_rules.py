@@ -14,7 +14,7 @@ from typing import NamedTuple
 PACKAGE = "lightllm"
 
 L0 = (
-    *("addresses", "config", "env", "errors", "flag", "logs"),
+    *("addresses", "config", "config_keys", "env", "errors", "flag", "logs"),
     *("messages", "model_config", "resolution", "sampling_params"),
 )
 TOP = ("__init__", "__main__", "cli", "llm", "server")
@@ -65,7 +65,18 @@ LAZY: Mapping[str, tuple[str, ...]] = MappingProxyType(
     }
 )
 
-TORCH_FREE = ("api", "bench", "cli", "config_server", "engine", "frontend", "scheduler", "weights.gguf", *L0)
+TORCH_FREE = (
+    "api",
+    "bench",
+    "cli",
+    "config_server",
+    "engine",
+    "frontend",
+    "scheduler",
+    "weights.gguf",
+    "weights.gguf_config",
+    *L0,
+)
 CUDA_MODULES = ("device", "distributed", "kernels", "transfer", "worker.cuda_graph")
 
 

@@ -50,9 +50,9 @@ def test_packed_and_unpacked_agree() -> None:
     dense, packed = load(config, packed_source()), load(config, packed_source(), packed=True)
     assert isinstance(dense, LlamaForCausalLM)
     assert isinstance(packed, LlamaForCausalLM)
-    assert isinstance(dense.layers[0].qkv, DenseLinear)
-    assert isinstance(packed.layers[0].qkv, PackedLinear)
-    assert [part.type for part in packed.layers[0].qkv.parts] == ["Q8_0", "Q4_1"]
+    assert isinstance(dense.layers[0].attention.qkv, DenseLinear)
+    assert isinstance(packed.layers[0].attention.qkv, PackedLinear)
+    assert [part.type for part in packed.layers[0].attention.qkv.parts] == ["Q8_0", "Q4_1"]
     assert packed.num_bytes < 0.3 * dense.num_bytes
     prompt = [list(range(3, 60))]
     expected = Sequences(dense, prompt).step({0: 57})[0]
@@ -72,7 +72,7 @@ def test_fused_rows_are_in_order() -> None:
     source = source_of(make_oracle(NAME))
     model = load(config_of(make_oracle(NAME)), source)
     assert isinstance(model, LlamaForCausalLM)
-    qkv = model.layers[2].qkv
+    qkv = model.layers[2].attention.qkv
     assert isinstance(qkv, DenseLinear)
     parts = [source.tensors[f"model.layers.2.self_attn.{x}_proj.weight"] for x in "qkv"]
     assert torch.equal(qkv.weight, torch.cat(parts))
@@ -149,7 +149,12 @@ def test_unused_tensors_are_reported(caplog: pytest.LogCaptureFixture) -> None:
         ),
         ({"sliding_window": 64}, "sliding_window: got 64"),
         ({"hidden_act": "gelu"}, "hidden_act: got 'gelu'"),
-        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_type 'yarn'"),
+        ({"rope_scaling": {"rope_type": "mrope"}}, "rope_type 'mrope'"),
+        (
+            {"attn_logit_softcapping": 30.0},
+            "attn_logit_softcapping: got 30.0, LlamaForCausalLM supports None",
+        ),
+        ({"num_key_value_heads": 4}, r"num_key_value_heads: got 4, expected a divisor of .* \(6\)"),
     ],
 )
 def test_unsupported_config_is_refused_before_reading(change: dict[str, Any], complaint: str) -> None:

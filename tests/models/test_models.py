@@ -11,25 +11,87 @@ from tests.models.tiny import DIMENSIONS, Sequences, config_of, load, make_oracl
 
 LENGTHS = (37, 1, 90, 12)
 
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 1000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1000.0,
+    "short_factor": [1.0 + 0.1 * i for i in range(8)],
+    "long_factor": [1.0 + 0.5 * i for i in range(8)],
+}
+
 # Options beyond the defaults of an architecture's HF config, all of which must work.
 OPTIONS: dict[str, list[dict[str, Any]]] = {
     "LlamaForCausalLM": [
         {"tie_word_embeddings": True},
         {"attention_bias": True, "mlp_bias": True},
-        {"rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 500.0}},
+        {"head_dim": 32, "rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 500.0}},
+        {"rope_parameters": LLAMA3},
+        {"rope_parameters": YARN},
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1000.0}},
+    ],
+    "MistralForCausalLM": [{"sliding_window": 16}, {"sliding_window": None}],
+    "Qwen2ForCausalLM": [
+        {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
+        {"tie_word_embeddings": True, "rope_parameters": YARN},
+    ],
+    "Qwen3ForCausalLM": [
+        {"attention_bias": True},
+        {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2},
+    ],
+    "Gemma2ForCausalLM": [
+        {"sliding_window": 16, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 2.0},
+        {"attn_logit_softcapping": None, "final_logit_softcapping": None, "query_pre_attn_scalar": 40},
+    ],
+    "Gemma3ForCausalLM": [
         {
+            "sliding_window": 16,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "query_pre_attn_scalar": 40,
             "rope_parameters": {
-                "rope_type": "llama3",
-                "rope_theta": 1000.0,
-                "factor": 4.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 64,
-            }
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
         },
-    ]
+        {"num_hidden_layers": 7, "sliding_window": 20},
+    ],
+    "Phi3ForCausalLM": [
+        {"sliding_window": 16},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+        {
+            "rope_parameters": LONGROPE,
+            "original_max_position_embeddings": 256,
+            "max_position_embeddings": 256,
+        },
+    ],
+    "InternLM2ForCausalLM": [
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1000.0}},
+        {"tie_word_embeddings": True},
+    ],
+    "GlmForCausalLM": [
+        {"attention_bias": False, "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 1.0}}
+    ],
+    "Glm4ForCausalLM": [
+        {"attention_bias": False, "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.75}}
+    ],
 }
-VARIANTS = [(name, options) for name in ARCHITECTURES for options in ({}, *OPTIONS.get(name, []))]
+VARIANTS = [
+    pytest.param(name, options, id=f"{name}-{i}")
+    for name in ARCHITECTURES
+    for i, options in enumerate(({}, *OPTIONS.get(name, [])))
+]
 
 
 def prompts() -> list[list[int]]:
@@ -48,7 +110,7 @@ def assert_equal(got: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("backend", ["torch", "torch_ref"])
+@pytest.mark.parametrize("backend", ["torch", "torch_ref", "native"])
 @pytest.mark.parametrize(("architecture", "options"), VARIANTS)
 def test_whole_prompts_equal_transformers(architecture: str, options: dict[str, Any], backend: str) -> None:
     oracle = make_oracle(architecture, **options)
@@ -58,10 +120,11 @@ def test_whole_prompts_equal_transformers(architecture: str, options: dict[str, 
         assert_equal(got[row], expected)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_mixed_batches_equal_transformers(architecture: str) -> None:
-    oracle = make_oracle(architecture)
-    sequences = Sequences(load(config_of(oracle), source_of(oracle)), prompts())
+@pytest.mark.parametrize("backend", ["torch", "native"])
+@pytest.mark.parametrize(("architecture", "options"), VARIANTS)
+def test_mixed_batches_equal_transformers(architecture: str, options: dict[str, Any], backend: str) -> None:
+    oracle = make_oracle(architecture, **options)
+    sequences = Sequences(load(config_of(oracle), source_of(oracle), backend=backend), prompts())
     got: list[list[torch.Tensor]] = [[] for _ in LENGTHS]
     steps = [
         {0: 30},  # a chunk alone

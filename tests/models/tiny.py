@@ -1,4 +1,7 @@
-"""Tiny random models of any architecture, made by transformers: config, weights and oracle in one."""
+"""Tiny random models of any architecture, made by transformers: config, weights and oracle in one.
+
+InternLM2 is unknown to transformers; its oracle is a Llama, whose tensors are renamed and fused.
+"""
 
 from collections.abc import Iterable
 from typing import Any
@@ -12,10 +15,12 @@ from lightllm.attention.registry import load_backend
 from lightllm.device.forward_batch import ForwardBatch
 from lightllm.device.kv_pool import KVPool
 from lightllm.errors import ModelLoadError
+from lightllm.layers.native_ops import NativeOps
 from lightllm.layers.ops import Ops
 from lightllm.model_config import ModelConfig
 from lightllm.models import load_model
 from lightllm.models.base import Model
+from tests.native.available import library_or_skip
 
 # Dimensions that every HF config understands; three query heads share a KV head.
 DIMENSIONS = {
@@ -27,6 +32,18 @@ DIMENSIONS = {
     "head_dim": 16,
     "vocab_size": 133,
     "max_position_embeddings": 512,
+    "pad_token_id": 0,  # that of some classes lies beyond this vocabulary
+}
+STAND_INS = {"InternLM2ForCausalLM": "LlamaForCausalLM"}
+INTERNLM2_NAMES = {
+    "model.embed_tokens": "model.tok_embeddings",
+    "lm_head": "output",
+    "self_attn.o_proj": "attention.wo",
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.up_proj": "feed_forward.w3",
+    "mlp.down_proj": "feed_forward.w2",
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm",
 }
 NUM_SLOTS = 1500
 MAX_LEN = 400
@@ -52,9 +69,10 @@ class StateSource:
 
 def make_oracle(architecture: str, **overrides: Any) -> transformers.PreTrainedModel:
     """Make a random HF model in float32, with weights large enough that a mistake in any of them shows."""
-    model_cls = getattr(transformers, architecture)
+    model_cls = getattr(transformers, STAND_INS.get(architecture, architecture))
     torch.manual_seed(0)
-    oracle = model_cls(model_cls.config_class(**DIMENSIONS, **overrides)).eval()
+    oracle = model_cls(model_cls.config_class(**{**DIMENSIONS, **overrides})).eval()
+    oracle.config.architectures = [architecture]
     for name, parameter in oracle.named_parameters():
         if "norm" in name:
             parameter.data.uniform_(0.5, 1.5)
@@ -64,14 +82,36 @@ def make_oracle(architecture: str, **overrides: Any) -> transformers.PreTrainedM
 
 
 def config_of(oracle: transformers.PreTrainedModel) -> ModelConfig:
-    return ModelConfig.from_hf({**oracle.config.to_dict(), "architectures": [type(oracle).__name__]})
+    return ModelConfig.from_hf(oracle.config.to_dict())
 
 
 def source_of(oracle: transformers.PreTrainedModel) -> StateSource:
     tensors = dict(oracle.state_dict())
     if oracle.config.tie_word_embeddings:
         del tensors["lm_head.weight"]
+    if oracle.config.architectures == ["InternLM2ForCausalLM"]:
+        tensors = as_internlm2(tensors)
     return StateSource(tensors)
+
+
+def as_internlm2(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename a Llama's tensors, and fuse q, k and v of each KV head, one after the other."""
+    num_kv_heads, head_dim = DIMENSIONS["num_key_value_heads"], DIMENSIONS["head_dim"]
+    group = DIMENSIONS["num_attention_heads"] // num_kv_heads
+    renamed = {}
+    for name, tensor in tensors.items():
+        if ".self_attn." not in name or ".o_proj." in name:
+            for old, new in INTERNLM2_NAMES.items():
+                name = name.replace(old, new)
+            renamed[name] = tensor
+        elif ".q_proj." in name:
+            k, v = (tensors[name.replace(".q_proj.", f".{x}_proj.")] for x in "kv")
+            pieces = []
+            for i in range(num_kv_heads):
+                pieces.append(tensor[i * group * head_dim : (i + 1) * group * head_dim])
+                pieces += [part[i * head_dim : (i + 1) * head_dim] for part in (k, v)]
+            renamed[name.replace("self_attn.q_proj", "attention.wqkv")] = torch.cat(pieces)
+    return renamed
 
 
 def load(
@@ -81,16 +121,19 @@ def load(
     dtype: torch.dtype = torch.float32,
     backend: str = "torch",
     packed: bool = False,
+    max_len: int | None = None,
 ) -> Model:
+    library = library_or_skip() if backend == "native" else None
     return load_model(
         config,
         source,
         dtype=dtype,
-        backend=load_backend(backend),
-        ops=Ops(),
+        backend=load_backend(backend, library),
+        ops=Ops() if library is None else NativeOps(library),
         num_threads=2,
         progress=lambda done, total: None,
         packed=packed,
+        max_len=max_len,
     )
 
 

@@ -8,6 +8,7 @@ import torch
 from lightllm.weights import dequant
 from lightllm.weights.base import PackedTensor
 from lightllm.weights.gguf import BLOCK_LAYOUTS
+from lightllm.weights.gguf_source import PLAIN_DTYPES
 from tests.weights.synthetic import random_blocks
 
 
@@ -37,4 +38,4 @@ def test_layouts_are_those_of_the_oracle() -> None:
     assert {name: sizes[name] for name in BLOCK_LAYOUTS} == {
         name: tuple(layout) for name, layout in BLOCK_LAYOUTS.items()
     }
-    assert set(BLOCK_LAYOUTS) == {*dequant.UNPACKERS, "F32", "F16", "BF16"}
+    assert set(BLOCK_LAYOUTS) == {*dequant.UNPACKERS, *PLAIN_DTYPES}

@@ -276,8 +276,8 @@ EXPORT void ll_attend(struct attention *a, const int32_t *decodes, long num_deco
                       long num_merges, const int32_t *prefills, long num_prefills) {
     long size = (long)a->num_kv_heads * a->head_dim;
     for (long token = 0; token < a->num_tokens; token++) {
-        memcpy(a->pool_k + a->out_slots[token] * size, a->k + token * a->kv_stride, (size_t)size * 4);
-        memcpy(a->pool_v + a->out_slots[token] * size, a->v + token * a->kv_stride, (size_t)size * 4);
+        memcpy(a->pool_k + a->out_slots[token] * size, a->k + token * a->k_stride, (size_t)size * 4);
+        memcpy(a->pool_v + a->out_slots[token] * size, a->v + token * a->v_stride, (size_t)size * 4);
     }
     a->parts = decodes;
     threads_run(run_decode, a, num_decodes);

@@ -47,7 +47,7 @@ struct activations {
 /* Attention of a batch in one layer; library.py has the same structure. */
 struct attention {
     const float *q;       /* [num_tokens, num_q_heads, head_dim], tokens q_stride floats apart */
-    const float *k, *v;   /* [num_tokens, num_kv_heads, head_dim], tokens kv_stride floats apart */
+    const float *k, *v;   /* [num_tokens, num_kv_heads, head_dim], tokens k_stride, v_stride floats apart */
     float *pool_k, *pool_v; /* [slots, num_kv_heads, head_dim] */
     float *out;           /* [num_tokens, num_q_heads, head_dim] */
     float *partial;       /* scratch: a record of heads per KV head * (head_dim + 2) floats for each decode part */
@@ -57,7 +57,7 @@ struct attention {
     /* [parts, 4]. A decode: sequence, KV head, chunk of keys, record or -1 if it is the only one.
      * A prefill: sequence, KV head, first query, number of queries. */
     const int32_t *parts;
-    int64_t num_tokens, q_stride, kv_stride, slots_stride;
+    int64_t num_tokens, q_stride, k_stride, v_stride, slots_stride;
     int32_t num_q_heads, num_kv_heads, head_dim;
     int32_t window;       /* 0: none */
     float scale, softcap; /* softcap 0: none */
