@@ -90,13 +90,14 @@ class _Loader:
         return DenseLinear(weight, bias)
 
     def vector(self, spec: VectorSpec) -> Tensor:
+        read = self._read(spec.name, (spec.size,))  # before the allocation: the size may be wrong
         vector = torch.empty(spec.size, dtype=self.dtype)
-        _fill(vector, _blocks(self._read(spec.name, (spec.size,))))
+        _fill(vector, _blocks(read))
         return vector
 
     def _bias(self, spec: LinearSpec) -> Tensor:
+        parts = [self._read(f"{part}.bias", (rows,)) for part, rows in spec.parts.items()]
         bias = torch.empty(sum(spec.parts.values()), dtype=self.dtype)
-        parts = (self._read(f"{part}.bias", (rows,)) for part, rows in spec.parts.items())
         _fill(bias, itertools.chain.from_iterable(map(_blocks, parts)))
         return bias
 
@@ -105,7 +106,8 @@ class _Loader:
         got = tuple(self.source.shape(name))
         if got != expected:
             raise ModelLoadError(
-                f"tensor {name}: got shape {list(got)}, expected {list(expected)} by the model's config"
+                f"{self.source.file(name)}: tensor {name}: got shape {list(got)}, "
+                f"expected {list(expected)} by the model's config"
             )
         return self.source.load(name)
 
