@@ -16,6 +16,7 @@ from lightllm.config_keys import Keys
 from lightllm.errors import ModelLoadError
 
 DTYPES = ("float32", "float16", "bfloat16")
+MAX_LAYERS = 1024
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 # Multimodal architecture -> the language model in it, which is all that is served.
@@ -138,7 +139,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         generation = Keys(generation_config or {}, "generation_config.json")
         num_heads = keys.positive("num_attention_heads")
         hidden_size = keys.positive("hidden_size")
-        num_layers = keys.positive("num_hidden_layers")
+        num_layers = keys.positive("num_hidden_layers", most=MAX_LAYERS)
         window, layer_types = _hf_layers(keys, num_layers)
         eos = [i for source in (generation, top, keys) for i in source.ids("eos_token_id")]
         bos = generation.ids("bos_token_id") + keys.ids("bos_token_id")

@@ -48,6 +48,10 @@ class SafetensorsSource:
         """Shape of a tensor, from the header of its file."""
         return tuple(self._open(self._find(name)).get_slice(name).get_shape())
 
+    def file(self, name: str) -> str:
+        """The path of the shard."""
+        return str(self.folder / self._find(name))
+
     def load(self, name: str) -> torch.Tensor | PackedTensor:
         """Read one tensor in its stored dtype."""
         file = self._find(name)
