@@ -10,6 +10,7 @@ import asyncio
 import functools
 import http
 import logging
+import resource
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, cast
@@ -18,9 +19,9 @@ import httptools
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from lightllm.api.errors import envelope
+from lightllm.api.errors import envelope, error_headers
 from lightllm.api.transport import EXTENSION, Header
-from lightllm.errors import LightLLMError, RequestError
+from lightllm.errors import CapacityError, LightLLMError, RequestError
 from lightllm.frontend.generator import new_request_id
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,10 @@ UNSENT_CHECK_S = 60.0
 LEAST_READ_BYTES = 64 * 1024
 # Headers that offer another protocol; left out of a request that is served in this one.
 UPGRADE_HEADERS = (b"upgrade", b"connection", b"http2-settings")
+# Open files that are no connections, and how many of them may be clients that are being turned away.
+RESERVED_FILES = 96
+MAX_TURNED_AWAY = 32
+TURN_AWAY_S = 1.0
 
 
 class HttpTransport:
@@ -145,6 +150,25 @@ class LightLLMProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._head_timer = self.loop.call_later(HEAD_LIMIT_S, self._head_is_late)
+        limit = max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - RESERVED_FILES)
+        if len(self.connections) > limit:
+            self._turn_away(limit)
+
+    def _turn_away(self, limit: int) -> None:
+        """Refuse a connection for which there are no open files left, without keeping it for long."""
+        self._is_broken = True
+        if len(self.connections) > limit + MAX_TURNED_AWAY:
+            self.transport.abort()
+            return
+        message = (
+            f"{limit} connections are open, all that this process may have; close idle ones, or raise the "
+            "limit of open files (ulimit -n) of the server"
+        )
+        self._refusal = CapacityError(message, code="queue_full", retry_after_s=1)
+        self._write_refusal()
+        # Closed with its request unread, the connection would be reset and the answer with it.
+        self.transport.write_eof()
+        self._discard_timer = self.loop.call_later(TURN_AWAY_S, self.transport.close)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._cancel_timers()
@@ -310,6 +334,10 @@ class LightLLMProtocol(HttpToolsProtocol):
             self._refuse_connection()
 
     def _refuse_connection(self) -> None:
+        self._write_refusal()
+        self.transport.close()
+
+    def _write_refusal(self) -> None:
         assert self._refusal is not None
         status = self._refusal.kind.status
         body = envelope(self._refusal)
@@ -320,8 +348,8 @@ class LightLLMProtocol(HttpToolsProtocol):
             f"x-request-id: {new_request_id()}",
             "connection: close",
         ]
+        lines += [f"{name.decode()}: {value.decode()}" for name, value in error_headers(self._refusal)]
         self.transport.write("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
-        self.transport.close()
 
 
 def _head_too_large() -> RequestError:
@@ -339,6 +367,7 @@ def uvicorn_config(app: Any, *, version: str, loop: str = "uvloop") -> uvicorn.C
         interface="asgi3",
         log_config=None,
         access_log=False,
+        log_level="warning",
         server_header=False,
         headers=[("server", f"lightllm/{version}")],
         timeout_keep_alive=KEEP_ALIVE_S,

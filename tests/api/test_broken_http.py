@@ -223,3 +223,29 @@ def test_an_answer_that_is_hardly_read_is_cut_off(
         await expect(other, 200)
 
     run(test, reply=[97] * count, max_len=200_000)
+
+
+def test_beyond_the_open_files_clients_are_turned_away_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightllm.api.protocol.resource.getrlimit", lambda which: (98, 98))
+    monkeypatch.setattr("lightllm.api.protocol.MAX_TURNED_AWAY", 1)
+    monkeypatch.setattr("lightllm.api.protocol.TURN_AWAY_S", 0.2)
+
+    async def test(context, connect) -> None:
+        first, second = await connect(), await connect()
+        for wire in (first, second):
+            await wire.send(post("/generate"))
+            await expect(wire, 200)
+        third, fourth = await connect(), await connect()
+        headers = await expect(third, 429, "queue_full")
+        assert headers["retry-after"] == "1"
+        assert await fourth.end() == b""
+        second.writer.close()
+        assert await third.end() == b""
+        await asyncio.sleep(0.3)
+        fifth = await connect()
+        await fifth.send(post("/generate"))
+        await expect(fifth, 200)
+        await first.send(post("/generate"))
+        await expect(first, 200)
+
+    run(test)
