@@ -120,7 +120,8 @@ class RequestOutput(Part, omit_defaults=True):
     """What one step brought for one request. With a `finish_reason` it is the request's last output.
 
     `logprobs` is aligned with `new_token_ids`. `prompt_logprobs` comes once, with the first token, one entry
-    per prompt token (None for the first). `num_cached_tokens` is meaningful from the first token on.
+    per prompt token (None for the first). `num_cached_tokens` and `queue_s`, the seconds from arrival to
+    admission, are meaningful from the first token on.
     """
 
     request_id: str
@@ -130,6 +131,7 @@ class RequestOutput(Part, omit_defaults=True):
     finish_reason: str | None = None
     error: RequestFailure | None = None
     num_cached_tokens: int = 0
+    queue_s: float = 0.0
 
 
 class EngineStats(Part):
@@ -153,7 +155,7 @@ class EngineStats(Part):
 
 
 class EngineOutput(Message):
-    """All outputs of a step, in one message."""
+    """All outputs of a step, in one message; there may be none, the step is heard of all the same."""
 
     outputs: list[RequestOutput]
     stats: EngineStats

@@ -40,7 +40,8 @@ class FakeEngineClient:
 
     Attributes:
         failures: errors to answer with instead, after `fail_after` tokens, one per request.
-        is_paused: outputs wait until `resume`.
+        resumed: outputs wait while this event is clear.
+        pauses: seconds to wait before the token of an index.
         aborted: (request_id, reason) in order.
     """
 
@@ -64,6 +65,7 @@ class FakeEngineClient:
         self.aborted: list[tuple[str, str]] = []
         self.resumed = asyncio.Event()
         self.resumed.set()
+        self.pauses: dict[int, float] = {}
         self._live: dict[str, asyncio.Task[None]] = {}
 
     @property
@@ -102,7 +104,7 @@ class FakeEngineClient:
             ids, reason = [*ids, EOS], "stop"
         for i, token_id in enumerate(ids):
             await self.resumed.wait()
-            await asyncio.sleep(0)
+            await asyncio.sleep(self.pauses.get(i, 0))
             if failure is not None and i >= self.fail_after:
                 break
             is_last = i == len(ids) - 1

@@ -109,7 +109,15 @@ class App:
             return
         self.context.metrics.answered(endpoint.path, call.status, call.code)
         duration_s = time.monotonic() - call.started_s
-        log_request(call.request_id, endpoint.path, call.status, call.code, duration_s, call.generation)
+        log_request(
+            call.request_id,
+            call.label,
+            endpoint.path,
+            call.status,
+            call.code,
+            duration_s,
+            call.generation,
+        )
 
 
 def _methods(endpoint: Endpoint) -> set[str]:

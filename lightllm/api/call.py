@@ -124,7 +124,7 @@ class Call:
         """Read the whole body, within its bounds of size, type and time.
 
         Raises:
-            LightLLMError: too_large, bad_content_type or body_timeout.
+            LightLLMError: too_large, bad_content_type, body_timeout, or bad_json for broken chunks.
             ClientGone: the client left while sending.
         """
         limit = self.context.config.server.max_request_bytes
@@ -137,6 +137,8 @@ class Call:
             async with asyncio.timeout(BODY_LIMIT_S):
                 while True:
                     message = await self._receive()
+                    if self.client.fault is not None:
+                        raise self.client.fault
                     if message["type"] == "http.disconnect":
                         raise ClientGone
                     body += message.get("body", b"")
@@ -179,7 +181,7 @@ class Call:
         for name in self.ignored:
             if name not in logged and len(logged) < MAX_LOGGED_FIELDS:
                 logged.add(name)
-                logger.info("field %r of %s is unknown and has no effect", name[:80], self.path)
+                logger.warning("field %r of %s is unknown and has no effect", name[:80], self.path)
 
     # ------------------------------------------------------------ answer
 
@@ -260,12 +262,12 @@ class Call:
             *self._common_headers(),
         ]
         await self.client.open(200, headers)
-        num_writes = self.client.num_writes
         while not generation.finished.done():
-            await asyncio.wait({generation.finished}, timeout=PING_S if pings else None)
-            if num_writes == self.client.num_writes and not generation.finished.done():
+            silent_s = time.monotonic() - self.client.written_s
+            if pings and silent_s >= PING_S:
                 self.client.write(b": ping\n\n")
-            num_writes = self.client.num_writes
+                continue
+            await asyncio.wait({generation.finished}, timeout=PING_S - silent_s if pings else None)
         if self.client.is_gone:
             raise ClientGone
         self.code = generation.error.code if generation.error is not None else ""

@@ -73,13 +73,21 @@ class _Job:
         if not self.has_echo:
             return ""
         prompt = self.given_prompts[sample.index // self.params.n]
+        decode = self.call.context.tokenizer.decode
+        skip = self.params.skip_special_tokens
         if not isinstance(prompt, str):
-            tokenizer = self.call.context.tokenizer
-            prompt = tokenizer.decode(prompt, skip_special_tokens=self.params.skip_special_tokens)
-        choice.num_echo_chars = len(prompt)
+            text = decode(prompt, skip_special_tokens=skip)
+        else:
+            text = prompt
+        choice.num_echo_chars = len(text)
         if choice.tokens is not None and sample.prompt_logprobs is not None:
-            choice.tokens.add_prompt(sample.prompt_token_ids, sample.prompt_logprobs)
-        return prompt
+            if isinstance(prompt, str):
+                # It is echoed as it came: with special tokens that it spells out, without those added to it.
+                skip = decode(sample.prompt_token_ids, skip_special_tokens=False) != prompt
+            choice.tokens.add_prompt(
+                sample.prompt_token_ids, sample.prompt_logprobs, skip_special_tokens=skip
+            )
+        return text
 
     def note_token(
         self, sample: SampleStream, token_id: int | None, logprobs: TokenLogprobs | None

@@ -90,6 +90,7 @@ class Metrics:
             "request_first_token_duration": Histogram(SECONDS),
             "request_inter_token_duration": Histogram(GAP_SECONDS),
             "request_duration": Histogram(SECONDS),
+            "request_queue_duration": Histogram(SECONDS),
         }
         self.tokens = {
             "request_input_length": Histogram(TOKENS),
@@ -107,6 +108,7 @@ class Metrics:
     def first_token(self, generation: Generation) -> None:
         """The first output of a generation has come."""
         self.seconds["request_first_token_duration"].observe(generation.first_s - generation.arrival_s)
+        self.seconds["request_queue_duration"].observe(generation.queue_s)
 
     def finished(self, generation: Generation) -> None:
         """A generation has ended, in whatever way."""

@@ -32,7 +32,7 @@ from lightllm.sampling_params import SamplingParams
 ANY_MODEL = "default_model_name"
 MAX_TEMPERATURE = 2.0
 MAX_PENALTY = 2.0
-DEFAULTS: Mapping[str, Any] = MappingProxyType({"min_new_tokens": 0, "do_sample": True})
+DEFAULTS: Mapping[str, Any] = MappingProxyType({"min_new_tokens": 0})
 GUIDED = ("guided_json", "guided_regex", "guided_grammar", "guided_choice")
 RENAMED: Mapping[str, str] = MappingProxyType(
     {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "stop_sequences": "stop"}
@@ -156,7 +156,8 @@ def openai_params(
     _check_range("temperature", request.temperature, 0, MAX_TEMPERATURE)
     _check_range("presence_penalty", request.presence_penalty, -MAX_PENALTY, MAX_PENALTY)
     _check_range("frequency_penalty", request.frequency_penalty, -MAX_PENALTY, MAX_PENALTY)
-    fields = {**given(request, FIELDS), **extra}
+    # This family samples unless the request says otherwise, whatever the model's generation_config says.
+    fields = {"do_sample": True, **given(request, FIELDS), **extra}
     if request.stop is not None:
         fields["stop_sequences"] = [request.stop] if isinstance(request.stop, str) else request.stop
     fields["n"] = check_n(request.n, best_of)

@@ -60,9 +60,11 @@ class CompletionTokens:
             top.setdefault(text, finite(entry.logprob))
         return top
 
-    def add_prompt(self, prompt: Sequence[int], entries: Sequence[TokenLogprobs | None]) -> None:
-        """Append the tokens of a prompt at their places in its text."""
-        detokenizer = self._texts.new()
+    def add_prompt(
+        self, prompt: Sequence[int], entries: Sequence[TokenLogprobs | None], *, skip_special_tokens: bool
+    ) -> None:
+        """Append the tokens of a prompt at their places in its text, in which special ones may have none."""
+        detokenizer = self._texts.new(skip_special_tokens=skip_special_tokens)
         for token_id, entry in zip(prompt, entries, strict=True):
             self.add(token_id, entry, detokenizer.num_chars)
             detokenizer.push(token_id)

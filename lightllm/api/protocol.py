@@ -2,22 +2,26 @@
 
 Each request's scope carries an `HttpTransport` through which handlers write frames straight to the socket and
 learn that the client has left. Bad HTTP, headers over 32 KiB (431) or later than 30 s (408) are answered
-here; the body's size and time limits belong to `api.call`. Runs in the frontend's event loop.
+here; the body's size and time limits belong to `api.call`. An offered upgrade (h2c, as Java's client sends
+with every request) is not taken, and the request served as it stands. Runs in the frontend's event loop.
 """
 
 import asyncio
 import functools
 import http
 import logging
+import resource
+import time
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
+import httptools
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from lightllm.api.errors import envelope
+from lightllm.api.errors import envelope, error_headers
 from lightllm.api.transport import EXTENSION, Header
-from lightllm.errors import LightLLMError, RequestError
+from lightllm.errors import CapacityError, LightLLMError, RequestError
 from lightllm.frontend.generator import new_request_id
 
 logger = logging.getLogger(__name__)
@@ -32,6 +36,15 @@ FINISH_LIMIT_S = 60.0
 # answer.
 MAX_DISCARDED_BYTES = 64 * 1024 * 1024
 DISCARD_LIMIT_S = 10.0
+# A complete answer must leave at this pace at least, or the connection is cut.
+UNSENT_CHECK_S = 60.0
+LEAST_READ_BYTES = 64 * 1024
+# Headers that offer another protocol; left out of a request that is served in this one.
+UPGRADE_HEADERS = (b"upgrade", b"connection", b"http2-settings")
+# Open files that are no connections, and how many of them may be clients that are being turned away.
+RESERVED_FILES = 96
+MAX_TURNED_AWAY = 32
+TURN_AWAY_S = 1.0
 
 
 class HttpTransport:
@@ -39,7 +52,8 @@ class HttpTransport:
 
     def __init__(self, protocol: "LightLLMProtocol", cycle: RequestResponseCycle) -> None:
         self.is_gone = False
-        self.num_writes = 0
+        self.fault: LightLLMError | None = None
+        self.written_s = time.monotonic()
         self._transport = protocol.transport
         self._flow = protocol.flow
         self._cycle = cycle
@@ -62,7 +76,7 @@ class HttpTransport:
 
     def write(self, data: bytes) -> None:
         """Send one frame of the body; never blocks, cuts off a client that does not read."""
-        self.num_writes += 1
+        self.written_s = time.monotonic()
         if self._is_open:
             self._put(data)
         else:
@@ -99,6 +113,12 @@ class HttpTransport:
     def release(self) -> None:
         """The exchange is over; nothing to clean up here."""
 
+    def break_body(self, fault: LightLLMError) -> None:
+        """Called by the protocol when the body turns out to be broken: whoever reads it is told."""
+        self.fault = fault
+        self._cycle.keep_alive = False
+        self._cycle.message_event.set()
+
     def lose(self) -> None:
         """Called by the protocol when the connection is gone."""
         if self.is_gone:
@@ -117,16 +137,38 @@ class LightLLMProtocol(HttpToolsProtocol):
         super().__init__(*args, **kwargs)
         self._clients: list[HttpTransport] = []
         self._refusal: LightLLMError | None = None
+        self._is_broken = False
+        self._has_upgrade = False
         self._is_in_head = True
         self._head_bytes = 0
         self._head_size = 0
         self._discarded_bytes = 0
         self._head_timer: asyncio.TimerHandle | None = None
         self._discard_timer: asyncio.TimerHandle | None = None
+        self._unsent_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._head_timer = self.loop.call_later(HEAD_LIMIT_S, self._head_is_late)
+        limit = max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - RESERVED_FILES)
+        if len(self.connections) > limit:
+            self._turn_away(limit)
+
+    def _turn_away(self, limit: int) -> None:
+        """Refuse a connection for which there are no open files left, without keeping it for long."""
+        self._is_broken = True
+        if len(self.connections) > limit + MAX_TURNED_AWAY:
+            self.transport.abort()
+            return
+        message = (
+            f"{limit} connections are open, all that this process may have; close idle ones, or raise the "
+            "limit of open files (ulimit -n) of the server"
+        )
+        self._refusal = CapacityError(message, code="queue_full", retry_after_s=1)
+        self._write_refusal()
+        # Closed with its request unread, the connection would be reset and the answer with it.
+        self.transport.write_eof()
+        self._discard_timer = self.loop.call_later(TURN_AWAY_S, self.transport.close)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._cancel_timers()
@@ -136,15 +178,45 @@ class LightLLMProtocol(HttpToolsProtocol):
             client.lose()
 
     def data_received(self, data: bytes) -> None:
+        if self._is_broken:
+            return
         if self._is_in_head:
             self._head_bytes += len(data)
             if self._head_timer is None:
                 self._head_timer = self.loop.call_later(HEAD_LIMIT_S, self._head_is_late)
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            self._serve_without_upgrade(data[upgrade.args[0] :])
+        except httptools.HttpParserError:
+            self.send_400_response("")
         # The parser keeps an unfinished header to itself, so what came in is counted, too.
         if self._is_in_head and self._head_bytes > 2 * MAX_HEAD_BYTES and not self.transport.is_closing():
             self._refusal = _head_too_large()
             self.send_400_response("")
+
+    def _serve_without_upgrade(self, rest: bytes) -> None:
+        """Parse the request just read once more, without the headers at which the parser has stopped.
+
+        Args:
+            rest: what came behind its head.
+        """
+        self._has_upgrade = False
+        method, connection = self.parser.get_method(), b""
+        lines = [b"%b %b HTTP/1.1" % (method, self.url)]
+        for name, value in self.headers:
+            if name == b"connection":
+                connection = value.lower()
+            if name not in UPGRADE_HEADERS:
+                lines.append(name + b": " + value)
+        if method == b"CONNECT":  # asks for a tunnel by its method
+            self.send_400_response("")
+            return
+        if b"close" in connection:
+            lines.append(b"connection: close")
+        self.parser = httptools.HttpRequestParser(self)
+        self.data_received(b"\r\n".join(lines) + b"\r\n\r\n" + rest)
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -172,6 +244,9 @@ class LightLLMProtocol(HttpToolsProtocol):
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
+        self._has_upgrade = self.parser.should_upgrade()
+        if self._has_upgrade:
+            return
         super().on_headers_complete()
         cycle = self.cycle
         # The task of this request has been created, but not begun: its scope may still be completed.
@@ -189,8 +264,10 @@ class LightLLMProtocol(HttpToolsProtocol):
                 self.transport.abort()
 
     def on_message_complete(self) -> None:
-        super().on_message_complete()
         self._is_in_head = True
+        if self._has_upgrade:
+            return
+        super().on_message_complete()
         if self._discard_timer is not None:
             self._discard_timer.cancel()
             self._discard_timer = None
@@ -198,15 +275,33 @@ class LightLLMProtocol(HttpToolsProtocol):
     def _response_is_complete(self, client: HttpTransport, cycle: RequestResponseCycle) -> None:
         if client in self._clients:
             self._clients.remove(client)
+        if self._unsent_timer is None and self.transport.get_write_buffer_size():
+            unsent = self.transport.get_write_buffer_size()
+            self._unsent_timer = self.loop.call_later(UNSENT_CHECK_S, self._check_unsent, unsent)
         self.on_response_complete()
+        if self._is_broken and not self._clients and not self.transport.is_closing():
+            self._refuse_connection()
+            return
         if cycle is self.cycle and cycle.more_body and not self.transport.is_closing():
             if self.expect_100_continue:
                 self.transport.close()  # the body will not come, or comes where a request is expected
             else:
                 self._discard_timer = self.loop.call_later(DISCARD_LIMIT_S, self.transport.close)
 
+    def _check_unsent(self, before: int) -> None:
+        """Cut off a client that hardly reads an answer which is complete on our side."""
+        self._unsent_timer = None
+        unsent = self.transport.get_write_buffer_size()
+        if unsent > max(0, before - LEAST_READ_BYTES):
+            logger.warning("a client does not read its answer: connection cut with %d bytes unsent", unsent)
+            self.transport.abort()
+        elif unsent:
+            self._unsent_timer = self.loop.call_later(UNSENT_CHECK_S, self._check_unsent, unsent)
+
     def _head_is_late(self) -> None:
         self._head_timer = None
+        if self._is_broken:
+            return
         if self._clients:  # an earlier answer of this connection is still under way
             self._head_timer = self.loop.call_later(HEAD_LIMIT_S, self._head_is_late)
         elif self._head_bytes:
@@ -219,26 +314,42 @@ class LightLLMProtocol(HttpToolsProtocol):
             self.transport.close()
 
     def _cancel_timers(self) -> None:
-        for timer in (self._head_timer, self._discard_timer):
+        for timer in (self._head_timer, self._discard_timer, self._unsent_timer):
             if timer is not None:
                 timer.cancel()
-        self._head_timer = self._discard_timer = None
+        self._head_timer = self._discard_timer = self._unsent_timer = None
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what never became a request, in the envelope of all other errors, and close."""
-        error = self._refusal or RequestError("the request is not valid HTTP/1.1", code="bad_json")
-        if not self._clients:  # else this would land in the middle of another answer
-            status = error.kind.status
-            body = envelope(error)
-            lines = [
-                f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}",
-                "content-type: application/json",
-                f"content-length: {len(body)}",
-                f"x-request-id: {new_request_id()}",
-                "connection: close",
-            ]
-            self.transport.write("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
+        """Refuse bytes that are no HTTP: after the answers that are still due, and as the last one."""
+        self._is_broken = True
+        if self._refusal is None:
+            self._refusal = RequestError("the request is not valid HTTP/1.1", code="bad_json")
+        logger.debug("refused what %s sent: %s", self.client, self._refusal.message)
+        if self.cycle is not None and self.cycle.more_body:  # it is the body of a request that is broken
+            if self.cycle.response_complete:
+                self.transport.close()
+            else:
+                self._clients[-1].break_body(self._refusal)
+        elif not self._clients:
+            self._refuse_connection()
+
+    def _refuse_connection(self) -> None:
+        self._write_refusal()
         self.transport.close()
+
+    def _write_refusal(self) -> None:
+        assert self._refusal is not None
+        status = self._refusal.kind.status
+        body = envelope(self._refusal)
+        lines = [
+            f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}",
+            "content-type: application/json",
+            f"content-length: {len(body)}",
+            f"x-request-id: {new_request_id()}",
+            "connection: close",
+        ]
+        lines += [f"{name.decode()}: {value.decode()}" for name, value in error_headers(self._refusal)]
+        self.transport.write("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
 
 
 def _head_too_large() -> RequestError:
@@ -256,6 +367,7 @@ def uvicorn_config(app: Any, *, version: str, loop: str = "uvloop") -> uvicorn.C
         interface="asgi3",
         log_config=None,
         access_log=False,
+        log_level="warning",
         server_header=False,
         headers=[("server", f"lightllm/{version}")],
         timeout_keep_alive=KEEP_ALIVE_S,

@@ -34,6 +34,7 @@ class RequestRecord:
         start = generation.arrival_unix_s
         events: list[list[Any]] = [["queued", round(start, 3)]]
         if generation.first_s:
+            events.append(["prefill_start", round(start + generation.queue_s, 3)])
             events.append(["first_token", round(start + generation.first_s - generation.arrival_s, 3)])
         if generation.end_s:
             events.append(["released", round(start + generation.end_s - generation.arrival_s, 3)])
@@ -94,10 +95,18 @@ class RequestLog:
 
 
 def log_request(
-    request_id: str, route: str, status: int, code: str, duration_s: float, generation: Generation | None
+    request_id: str,
+    label: str,
+    route: str,
+    status: int,
+    code: str,
+    duration_s: float,
+    generation: Generation | None,
 ) -> None:
-    """The one line of a finished request."""
+    """The one line of a finished request; `label` is the id that its client gave it."""
     parts = [f"{request_id} {route} status={status}"]
+    if label:
+        parts.append(f"label={label}")
     if code:
         parts.append(f"code={code}")
     if generation is not None:
@@ -106,6 +115,7 @@ def log_request(
             f"cached={generation.num_cached_tokens} output={generation.num_output_tokens}"
         )
         if generation.first_s:
+            parts.append(f"queue_ms={generation.queue_s * 1e3:.1f}")
             parts.append(f"ttft_ms={(generation.first_s - generation.arrival_s) * 1e3:.1f}")
     parts.append(f"total_ms={duration_s * 1e3:.1f}")
     logger.info(" ".join(parts))

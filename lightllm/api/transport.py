@@ -6,8 +6,11 @@ error status.
 """
 
 import asyncio
+import time
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
+
+from lightllm.errors import LightLLMError
 
 EXTENSION = "lightllm.transport"
 
@@ -21,11 +24,13 @@ class ClientTransport(Protocol):
 
     Attributes:
         is_gone: the client has left, or was cut off because it does not read.
-        num_writes: frames written so far.
+        fault: what is wrong with the bytes of the request's body, None while nothing is.
+        written_s: monotonic time of the last frame, or of the beginning.
     """
 
     is_gone: bool
-    num_writes: int
+    fault: LightLLMError | None
+    written_s: float
 
     async def open(self, status: int, headers: Iterable[Header]) -> None:
         """Send the status line and headers, then every frame written before."""
@@ -53,7 +58,8 @@ class AsgiTransport:
 
     def __init__(self, receive: Receive, send: Send) -> None:
         self.is_gone = False
-        self.num_writes = 0
+        self.fault: LightLLMError | None = None
+        self.written_s = time.monotonic()
         self._receive = receive
         self._send = send
         self._frames: asyncio.Queue[bytes | None] = asyncio.Queue()
@@ -68,7 +74,7 @@ class AsgiTransport:
 
     def write(self, data: bytes) -> None:
         """Send one frame of the body; never blocks."""
-        self.num_writes += 1
+        self.written_s = time.monotonic()
         self._frames.put_nowait(data)
 
     async def finish(self, *, close: bool = False) -> None:

@@ -16,6 +16,7 @@ from lightllm.messages import (
     AbortRequest,
     EngineOutput,
     EngineRequest,
+    EngineStats,
     FromEngine,
     Ping,
     Pong,
@@ -51,6 +52,7 @@ class Engine:
         link: where requests come from and outputs go to.
         enable_overlap: schedule step N+1 before the result of step N is taken. Off, each result is taken at
             once; tokens are the same either way.
+        on_stats: called with the scheduler's state after each message that is sent.
         clock: Unix seconds.
     """
 
@@ -61,11 +63,13 @@ class Engine:
         link: Link,
         *,
         enable_overlap: bool = True,
+        on_stats: Callable[[EngineStats], None] = lambda stats: None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.scheduler = scheduler
         self.executor = executor
         self.link = link
+        self.on_stats = on_stats
         self.clock = clock
         self.max_pending = 1 if enable_overlap else 0
         self.pending: deque[Pending] = deque()
@@ -78,10 +82,13 @@ class Engine:
         batch = self.scheduler.schedule(self.clock())
         if batch is not None:
             self.pending.append(self.executor.submit(batch))
-        if len(self.pending) > (self.max_pending if batch is not None else 0):
+        has_result = len(self.pending) > (self.max_pending if batch is not None else 0)
+        if has_result:
             outputs += self._take_result()
-        if outputs:
-            self.link.send(EngineOutput(outputs=outputs, stats=self.scheduler.stats()))
+        if outputs or has_result:
+            stats = self.scheduler.stats()
+            self.link.send(EngineOutput(outputs=outputs, stats=stats))
+            self.on_stats(stats)
 
     def run(self, should_stop: Callable[[], bool]) -> None:
         """Step until `should_stop()`; an exception of a step ends the loop and the process with it."""

@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 HEARD_LIMIT_S = 5.0
 PING_LIMIT_S = 5.0
+# A busy engine that was silent for HEARD_LIMIT_S gets this much longer, or what two of its steps take.
+BUSY_PING_LIMIT_S = 1.0
 RESTART_RETRY_S = 5
 LOADING_RETRY_S = 5
 MAX_RETRY_S = 60
@@ -127,7 +129,8 @@ class EngineClient:
     """The link to the one engine of this node.
 
     Args:
-        on_stats: called with the engine's state after each step that brought outputs.
+        on_stats: called with the engine's state after each step.
+        max_step_tokens: what the engine computes in one step, at most.
 
     Attributes:
         info: the engine that is up, None while there is none.
@@ -135,11 +138,14 @@ class EngineClient:
         restarts_total: how many engines came after the first.
     """
 
-    def __init__(self, on_stats: Callable[[EngineStats], None] | None = None) -> None:
+    def __init__(
+        self, on_stats: Callable[[EngineStats], None] | None = None, *, max_step_tokens: int = 2**31
+    ) -> None:
         self.info: EngineInfo | None = None
         self.stats = EngineStats()
         self.restarts_total = -1
         self._on_stats = on_stats or (lambda stats: None)
+        self._max_step_tokens = max_step_tokens
         self._context = zmq.Context(io_threads=1)
         self._push: zmq.Socket[bytes] | None = None
         self._pull: zmq.asyncio.Socket | None = None
@@ -241,24 +247,27 @@ class EngineClient:
     async def find_fault(self) -> str | None:
         """Name the part that is stuck; None when all is well.
 
-        Heard of in the last 5 s is well; otherwise the engine must answer a ping, in 5 s or in the time that
-        its longest outstanding prompt may take by the speed seen so far.
+        Heard of in the last 5 s is well; otherwise the engine must answer a ping: in 5 s when idle, when busy
+        in the time that a step may take by the speed seen so far.
         """
         if self.info is None:
             return f"engine: {self._down_reason or 'loading'}"
         if time.monotonic() - self._heard_s < HEARD_LIMIT_S:
             return None
-        limit_s = PING_LIMIT_S + self._step_allowance_s()
+        limit_s = self._answer_limit_s()
         if await self.ping(limit_s):
             return None
         silence_s = time.monotonic() - self._heard_s
-        if silence_s < limit_s:
+        if silence_s < HEARD_LIMIT_S:
             return None
         return f"engine: no answer for {silence_s:.0f} s"
 
-    def _step_allowance_s(self) -> float:
+    def _answer_limit_s(self) -> float:
+        if not self._live or not self._step_s:
+            return PING_LIMIT_S
         prompts = [live.num_prompt_tokens for live in self._live.values() if not live.has_output]
-        return 2 * max(self._step_s, self._token_s * max(prompts, default=0)) if self._live else 0.0
+        num_tokens = min(self._max_step_tokens, max(prompts, default=0))
+        return max(BUSY_PING_LIMIT_S, 2 * self._step_s, 2 * self._token_s * num_tokens)
 
     def _send(self, message: ToEngine) -> None:
         if self._push is not None:
@@ -289,9 +298,12 @@ class EngineClient:
                     pong.set_result(None)
 
     def _note_step(self, stats: EngineStats) -> None:
+        is_new = stats.steps_total != self.stats.steps_total
         self.stats = stats
+        if not is_new:
+            return  # outputs that no step has brought: refusals, aborts, deadlines
         self._step_s = max(stats.step_duration_s, 0.9 * self._step_s)
-        if stats.step_num_tokens:
+        if stats.step_phase != "decode" and stats.step_num_tokens:
             self._token_s = max(stats.step_duration_s / stats.step_num_tokens, 0.99 * self._token_s)
         self._on_stats(stats)
 
@@ -302,7 +314,8 @@ class EngineClient:
         live.has_output = True
         if output.finish_reason is not None:
             del self._live[output.request_id]
-            self._rate.add()
+            if output.error is None:  # a refusal makes no room for anybody
+                self._rate.add()
         if not _hand_over(live.sink, output):
             self.abort(output.request_id)
             _hand_over(live.sink, _failed(output.request_id, "internal", "the answer could not be processed"))

@@ -126,7 +126,7 @@ class SampleStream:
         elif ids or output.finish_reason:
             self.prompt_logprobs = output.prompt_logprobs
             self.num_cached_tokens = output.num_cached_tokens
-            self._generation.note_first_output()
+            self._generation.note_first_output(output.queue_s)
         self._last_s = now_s
         self._observer.generated_tokens += len(ids)
         self._take_tokens(ids, output.logprobs, output.finish_reason)
@@ -182,6 +182,7 @@ class Generation:
         finished: done when every sample has ended; never raises, see `error`.
         error: why it failed, None if it did not.
         arrival_s, first_s, end_s: monotonic seconds, 0.0 for what has not happened.
+        queue_s: how long the first sample waited for admission, known from `first_s` on.
     """
 
     def __init__(
@@ -198,6 +199,7 @@ class Generation:
         self.arrival_unix_s = time.time()
         self.first_s = 0.0
         self.end_s = 0.0
+        self.queue_s = 0.0
         loop = asyncio.get_running_loop()
         self.finished: asyncio.Future[None] = loop.create_future()
         self._first: asyncio.Future[None] = loop.create_future()
@@ -254,10 +256,11 @@ class Generation:
         self.error = error_of(failure, retry_after_s)
         self.abort("error")
 
-    def note_first_output(self) -> None:
+    def note_first_output(self, queue_s: float) -> None:
         """Called by a sample at its first output."""
         if not self._first.done():
             self._first.set_result(None)
+            self.queue_s = queue_s
             self.first_s = time.monotonic()
             self.observer.first_token(self)
 

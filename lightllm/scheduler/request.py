@@ -52,6 +52,7 @@ class Request:
     Attributes:
         rank: order of preemption and of running prefills; smaller is more urgent (see policy.py).
         num_cached_tokens: prompt tokens found in the prefix cache at the first admission.
+        queue_s: seconds from arrival to the first admission.
         min_num_tokens: length from which an end token ends the request.
         max_num_tokens: length at which it ends in any case. The last token's KV is never needed.
         prompt_logprobs: by position; None where not asked for, or delivered already.
@@ -72,6 +73,7 @@ class Request:
         "num_unsent_slots",
         "priority",
         "prompt_logprobs",
+        "queue_s",
         "rank",
         "request_id",
         "row",
@@ -116,6 +118,7 @@ class Request:
         self.num_computed_tokens = 0
         self.num_in_flight = 0
         self.num_cached_tokens = 0
+        self.queue_s = 0.0
         self.num_preemptions = 0
 
     @property

@@ -244,6 +244,7 @@ class Scheduler:
                     prompt_logprobs=request.take_prompt_logprobs() if request.prompt_logprobs else None,
                     finish_reason=reason,
                     num_cached_tokens=request.num_cached_tokens,
+                    queue_s=request.queue_s,
                 )
             )
             if reason is not None:
@@ -367,17 +368,18 @@ class Scheduler:
             if is_too_long or num_needed + num_reserved > self._cache.num_available:
                 self._cache.release(request)
                 return
-            self._start(self._queue.pop(), batch)
+            self._start(self._queue.pop(), batch, now_s)
             self._add_chunk(batch, request)
             num_reserved += request.num_remaining_tokens + 1
 
-    def _start(self, request: Request, batch: BatchColumns) -> None:
+    def _start(self, request: Request, batch: BatchColumns, now_s: float) -> None:
         """Give an acquired request a row."""
         request.state = RequestState.RUNNING
         request.row = heapq.heappop(self._free_rows)
         self._prefilling[request.request_id] = request
         self._num_committed_tokens += request.max_num_tokens
         if not request.num_preemptions:
+            request.queue_s = max(0.0, now_s - request.arrival_s)
             request.num_cached_tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
             self._num_cached_tokens += request.num_cached_tokens
             self._num_prompt_tokens += request.num_prompt_tokens

@@ -16,9 +16,10 @@ from lightllm.config import Config, decode_config
 from lightllm.engine.core import Engine
 from lightllm.engine.executor import InProcessExecutor
 from lightllm.engine.link import ZmqLink
+from lightllm.engine.stats import StatsLog
 from lightllm.errors import LightLLMError
 from lightllm.logs import setup_logging
-from lightllm.messages import ChildConfig, ChildFailed, ChildProgress, ChildReady, EngineInfo
+from lightllm.messages import ChildConfig, ChildFailed, ChildProgress, ChildReady, EngineInfo, EngineStats
 from lightllm.scheduler.scheduler import Scheduler, SchedulerConfig
 from lightllm.server.child import Parent
 from lightllm.server.model_files import ModelDescription, describe_model, open_weights
@@ -53,12 +54,20 @@ def main() -> int:
 def _serve(parent: Parent, child: ChildConfig, config: Config) -> int:
     stopping = threading.Event()
     parent.watch(lambda message: None, lambda: _stop(stopping))
-    description = describe_model(config)
+    description, observability = describe_model(config), config.observability
     executor = InProcessExecutor(partial(_load_worker, config, description, parent))
     info = executor.info()
     link = ZmqLink(child.address, child.reply_address)
     scheduler = Scheduler(scheduler_config(config, info, description.config.eos_token_ids))
-    engine = Engine(scheduler, executor, link, enable_overlap=not config.engine.disable_overlap)
+    engine = Engine(
+        scheduler,
+        executor,
+        link,
+        enable_overlap=not config.engine.disable_overlap,
+        on_stats=_ignore
+        if observability.disable_log_stats
+        else StatsLog(observability.log_stats_interval).note,
+    )
     engine.warm_up([0] * min(WARM_UP_PROMPT_TOKENS, info.max_req_total_len - 2))
     parent.send(ChildReady(info=info))
     try:
@@ -94,6 +103,10 @@ def scheduler_config(config: Config, info: EngineInfo, eos_token_ids: list[int])
         enable_prefix_cache=not config.engine.disable_dynamic_prompt_cache,
         enable_chunked_prefill=is_chunked,
     )
+
+
+def _ignore(stats: EngineStats) -> None:
+    return
 
 
 def _progress(stage: str, done: int, total: int) -> ChildProgress:

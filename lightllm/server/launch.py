@@ -7,6 +7,7 @@ alive.
 import asyncio
 import logging
 import os
+import resource
 import shutil
 import socket
 import sys
@@ -14,6 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lightllm.cli import format_error
 from lightllm.config import FLAGS, Config
 from lightllm.errors import BindError
 from lightllm.messages import ChildProgress, EngineInfo
@@ -33,6 +35,7 @@ def launch(config: Config) -> int:
     Raises:
         BindError: the HTTP address is taken or not of this machine.
     """
+    raise_file_limit()
     listener = bind(config.server.host, config.server.port)
     directory = Path(tempfile.mkdtemp(prefix="lightllm-"))  # made with mode 0700
     display = ProgressDisplay()
@@ -43,11 +46,24 @@ def launch(config: Config) -> int:
 
     supervisor = Supervisor(config, [listener], directory, child_environment(config), display.show, on_ready)
     try:
-        return asyncio.run(supervisor.run())
+        code = asyncio.run(supervisor.run())
     finally:
         display.close()
         listener.close()
         shutil.rmtree(directory, ignore_errors=True)
+    if supervisor.start_up_error:
+        print(format_error(supervisor.start_up_error), file=sys.stderr)
+    return code
+
+
+def raise_file_limit() -> None:
+    """Use all open files that this user may have: each client is one, and the usual 1024 are soon gone."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        except (OSError, ValueError) as error:
+            logger.warning("the limit of open files stays at %d: %s", soft, error)
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -78,6 +94,8 @@ def announce(config: Config, listener: socket.socket, info: EngineInfo) -> None:
         f"device={info.device} kv_tokens={info.kv_total_tokens} load={info.load_s:.1f}",
         flush=True,
     )
+    if config.observability.log_format == "json":
+        return  # one event a line, nothing else
     reachable = url if host not in ("0.0.0.0", "::") else f"http://127.0.0.1:{port}"
     print(
         f"try:\n  curl {reachable}/generate -H 'Content-Type: application/json' \\\n"

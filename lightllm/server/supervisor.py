@@ -19,6 +19,7 @@ from pathlib import Path
 
 from lightllm import messages
 from lightllm.config import Config, encode_config
+from lightllm.errors import LightLLMError
 from lightllm.messages import (
     ChildConfig,
     ChildFailed,
@@ -78,7 +79,7 @@ class Child:
 
 
 class Supervisor:
-    """Runs one node until it is told to stop or cannot go on.
+    """Runs one node until it is told to stop or cannot go on; `start_up_error` says why it never served.
 
     Args:
         config: the resolved configuration.
@@ -108,6 +109,7 @@ class Supervisor:
         self.frontend = Child("frontend", "lightllm.server.frontend_main")
         self.engine_up: EngineUp | None = None
         self.was_ready = False
+        self.start_up_error: LightLLMError | None = None
         self._stopping = asyncio.Event()
         self._exit_code: asyncio.Future[int] | None = None
 
@@ -140,10 +142,14 @@ class Supervisor:
                 await self._live(child)
                 if self._stopping.is_set():
                     return
-                logger.error("%s", child.obituary())
                 will_restart = self._may_restart(child)
                 if child is self.engine:
                     self._engine_died(will_restart)
+                if not self.was_ready:
+                    # Printed last, when all children have had their say.
+                    self.start_up_error = self.start_up_error or LightLLMError(child.obituary())
+                else:
+                    logger.error("%s", child.obituary())
                 if not will_restart:
                     self._finish(child.failure.exit_code if child.failure is not None else 1)
                     return

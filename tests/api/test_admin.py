@@ -55,6 +55,13 @@ def test_metrics_have_the_published_names_and_count() -> None:
             'lightllm_kv_total_tokens{model="tiny"} 4096',
             'lightllm_build_info{model="tiny",version="0.0.0"} 1',
             'lightllm_request_first_token_duration_count{model="tiny"} 1',
+            'lightllm_request_queue_duration_count{model="tiny"} 1',
+            'lightllm_request_duration_count{model="tiny"} 1',
+            'lightllm_requests_running{model="tiny"} 0',
+            'lightllm_prefix_cache_hit_rate{model="tiny"} 0.5',
+            'lightllm_node_up{model="tiny"} 1.0',
+            'lightllm_preemptions_total{model="tiny"} 0',
+            "# TYPE lightllm_batch_size histogram",
             'lightllm_request_inter_token_duration_count{model="tiny"} 4',
             'lightllm_request_input_length_bucket{model="tiny",le="2.0"} 1',
             'lightllm_request_generated_tokens_sum{model="tiny"} 6.0',
@@ -149,7 +156,8 @@ def test_one_log_line_per_request(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", logger="lightllm.request")
 
     async def test(app: Asgi) -> None:
-        await app.post("/generate", {"inputs": "secret", "parameters": {"max_new_tokens": 2}})
+        body = {"inputs": "secret", "parameters": {"max_new_tokens": 2}}
+        await app.post("/generate", body, **{"x-request-id": "mine"})
         await app.post("/v1/completions", {"prompt": ""})
         await app.client.get("/health")
 
@@ -157,7 +165,8 @@ def test_one_log_line_per_request(caplog: pytest.LogCaptureFixture) -> None:
     lines = [record.getMessage() for record in caplog.records if record.name == "lightllm.request"]
     assert len(lines) == 2
     assert re.fullmatch(
-        r"req_\w{32} /generate status=200 finish=length prompt=6 cached=1 output=2 ttft_ms=\S+ total_ms=\S+",
+        r"req_\w{32} /generate status=200 label=mine finish=length prompt=6 cached=1 output=2 "
+        r"queue_ms=\S+ ttft_ms=\S+ total_ms=\S+",
         lines[0],
     )
     assert "status=400 code=out_of_range" in lines[1]

@@ -2,6 +2,7 @@
 
 import pytest
 
+from lightllm.api.fields import sampling_defaults
 from lightllm.messages import RequestFailure
 from tests.api.harness import Asgi, run_asgi
 
@@ -134,6 +135,33 @@ def test_the_models_defaults_stand_behind_the_clients_fields() -> None:
         await app.post("/generate", {"inputs": "hi", "parameters": {"temperature": None, "top_p": 0.5}})
         params = app.engine.requests[0].sampling_params
         assert (params.do_sample, params.temperature, params.top_p) == (True, 0.6, 0.5)
+
+    run_asgi(test)
+
+
+def test_unusable_model_defaults_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    config = {
+        "temperature": 0.6,
+        "top_p": 1.5,
+        "top_k": True,
+        "do_sample": 1,
+        "presence_penalty": 0.5,
+        "eos": 1,
+    }
+    assert sampling_defaults({**config, "repetition_penalty": None}) == {
+        "temperature": 0.6,
+        "presence_penalty": 0.5,
+    }
+    assert [name in caplog.text for name in ("top_p", "top_k", "do_sample")] == [True] * 3
+
+
+def test_openai_clients_get_samples_whatever_the_model_says() -> None:
+    async def test(app: Asgi) -> None:
+        app.context.sampling_defaults = {"do_sample": False, "temperature": 0.6}
+        await app.post("/v1/completions", {"prompt": "hi"})
+        await app.post("/v1/completions", {"prompt": "hi", "do_sample": False})
+        first, second = (request.sampling_params for request in app.engine.requests)
+        assert (first.do_sample, first.temperature, second.do_sample) == (True, 0.6, False)
 
     run_asgi(test)
 

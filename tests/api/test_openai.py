@@ -90,6 +90,23 @@ def test_completion_logprobs_and_echo() -> None:
     run_asgi(test)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "text", "offsets"),
+    [
+        ("<eos>ab", "<eos>abh", [0, 5, 6, 7]),
+        ([256, 97, 98], "abh", [0, 0, 1, 2]),
+        ("\u4f60", "\u4f60h", [0, 0, 0, 1]),
+    ],
+)
+def test_offsets_point_into_the_echoed_text(prompt: Any, text: str, offsets: list[int]) -> None:
+    async def test(app: Asgi) -> None:
+        body = {"prompt": prompt, "max_tokens": 1, "echo": True, "logprobs": 0}
+        choice = (await app.post("/v1/completions", body)).json()["choices"][0]
+        assert (choice["text"], choice["logprobs"]["text_offset"]) == (text, offsets)
+
+    run_asgi(test)
+
+
 def test_scoring_a_prompt() -> None:
     async def test(app: Asgi) -> None:
         body = {"prompt": "abc", "max_tokens": 0, "echo": True, "logprobs": 0}
@@ -220,6 +237,24 @@ def test_pings_fill_long_silences(monkeypatch: pytest.MonkeyPatch) -> None:
         seen = (await app.post("/v1/completions", body)).text
         assert seen.startswith(": ping\n\n: ping\n\n")
         assert seen.endswith("data: [DONE]\n\n")
+        native = (await app.post("/generate_stream", {"inputs": "hi"})).text
+        assert "ping" not in native
+
+    run_asgi(test)
+
+
+def test_a_ping_comes_one_interval_after_the_last_frame(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightllm.api.call.PING_S", 0.2)
+
+    async def test(app: Asgi) -> None:
+        loop = asyncio.get_running_loop()
+        app.engine.pauses = {1: 0.15, 2: 0.3}  # no ping for the first, one for the second
+        began = loop.time()
+        body = json.dumps({"prompt": "hi", "stream": True, "max_tokens": 3}).encode()
+        seen = (await app.post("/v1/completions", body)).text
+        assert loop.time() - began < 2
+        assert seen.count(": ping") == 1
+        assert seen.index('"text":"e"') < seen.index(": ping") < seen.index('"text":"l"')
 
     run_asgi(test)
 

@@ -80,9 +80,10 @@ class Server:
                     found[name] = int(pid)
         return found
 
-    def metric(self, name: str) -> float:
+    def metric(self, name: str, label: str = "") -> float:
+        """A sample of /metrics; `label` picks one of several by a part of its labels."""
         text = self.client.get("/metrics").text
-        found = re.search(rf"^lightllm_{name}(?:{{[^}}]*}})? (\S+)$", text, re.MULTILINE)
+        found = re.search(rf"^lightllm_{name}{{[^}}]*{label}[^}}]*}} (\S+)$", text, re.MULTILINE)
         assert found is not None, f"no metric {name} in:\n{text}"
         return float(found[1])
 

@@ -1,6 +1,7 @@
 """The engine link over real ipc sockets: delivery, isolation, death and return of the engine, health."""
 
 import asyncio
+from collections import deque
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from lightllm.messages import (
     EngineUp,
     Ping,
     Pong,
+    RequestFailure,
     RequestOutput,
     ToEngine,
 )
@@ -154,6 +156,45 @@ def test_health_asks_only_after_silence_and_names_the_stuck_part(tmp_path: Path,
         monkeypatch.setattr("lightllm.frontend.engine_client.PING_LIMIT_S", 0.05)
         await asyncio.sleep(0.1)
         assert "no answer" in str(await client.find_fault())
+
+    run(test, tmp_path)
+
+
+def test_a_busy_engine_has_less_time_and_steps_count_once(tmp_path: Path, monkeypatch) -> None:
+    async def test(client: EngineClient, end: EngineEnd) -> None:
+        seen: list[EngineStats] = []
+        client._on_stats = seen.append
+        sink = Sink()
+        client.submit(request("a"), sink)
+        step = EngineStats(steps_total=1, step_duration_s=0.01, step_num_tokens=1, step_phase="prefill")
+        for outputs in ([RequestOutput(request_id="a", new_token_ids=[5])], []):
+            await end.outbox.send(messages.encode(EngineOutput(outputs=outputs, stats=step)))
+        await sink.next()
+        await asyncio.sleep(0.05)
+        assert seen == [step]
+        monkeypatch.setattr("lightllm.frontend.engine_client.HEARD_LIMIT_S", 0.0)
+        monkeypatch.setattr("lightllm.frontend.engine_client.BUSY_PING_LIMIT_S", 0.05)
+        began = asyncio.get_running_loop().time()
+        assert "no answer" in str(await client.find_fault())
+        assert asyncio.get_running_loop().time() - began < 1
+
+    run(test, tmp_path)
+
+
+def test_refusals_make_no_room(tmp_path: Path) -> None:
+    async def test(client: EngineClient, end: EngineEnd) -> None:
+        client.stats = EngineStats(requests_waiting=50)
+        sink = Sink()
+        for name in ("a", "b", "c"):
+            client.submit(request(name), sink)
+        failure = RequestFailure(code="queue_full", message="full")
+        await end.send(
+            *(RequestOutput(request_id=name, finish_reason="error", error=failure) for name in ("a", "b"))
+        )
+        await sink.next()
+        assert client._rate._times == deque()
+        client.abort("c")
+        assert len(client._rate._times) == 1
 
     run(test, tmp_path)
 

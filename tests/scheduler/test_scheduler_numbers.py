@@ -87,3 +87,15 @@ def test_check_integrity_finds_damage(damage):
         scheduler._num_committed_tokens += 1
     with pytest.raises(AssertionError, match=r"\d"):
         scheduler.check_integrity()
+
+
+def test_the_time_in_the_queue_is_told_with_the_tokens():
+    driver = Driver(max_running=1)
+    first = driver.add([1, 2], max_new_tokens=2, **ANY_LENGTH)
+    second = driver.add([3, 4], max_new_tokens=2, **ANY_LENGTH)
+    arrived_s = driver.now_s
+    driver.drain()
+    assert driver.outputs[first][0].queue_s == pytest.approx(0.01)
+    waits = {output.queue_s for output in driver.outputs[second]}
+    assert len(waits) == 1
+    assert 0.02 < waits.pop() <= driver.now_s - arrived_s
