@@ -58,19 +58,16 @@ class HttpTransport:
         self._is_open = True
         kept, self._kept = self._kept, []
         for data in kept:
-            self._put(data)
+            self.write(data)
 
     def write(self, data: bytes) -> None:
         """Send one frame of the body; never blocks, cuts off a client that does not read."""
-        self.num_writes += 1
-        if self._is_open:
-            self._put(data)
-        else:
+        if not self._is_open:
             self._kept.append(data)
-
-    def _put(self, data: bytes) -> None:
+            return
         if self.is_gone:
             return
+        self.num_writes += 1
         self._transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._is_chunked else data)
         if self._flow.write_paused and self._transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
             logger.warning("a client does not read its answer: connection cut at %d bytes", MAX_UNSENT_BYTES)

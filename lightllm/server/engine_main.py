@@ -20,7 +20,7 @@ from lightllm.errors import LightLLMError
 from lightllm.logs import setup_logging
 from lightllm.messages import ChildConfig, ChildFailed, ChildProgress, ChildReady, EngineInfo
 from lightllm.scheduler.scheduler import Scheduler, SchedulerConfig
-from lightllm.server.child import Parent
+from lightllm.server.child import Parent, settle_memory
 from lightllm.server.model_files import ModelDescription, describe_model, open_weights
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ def _serve(parent: Parent, child: ChildConfig, config: Config) -> int:
     scheduler = Scheduler(scheduler_config(config, info, description.config.eos_token_ids))
     engine = Engine(scheduler, executor, link, enable_overlap=not config.engine.disable_overlap)
     engine.warm_up([0] * min(WARM_UP_PROMPT_TOKENS, info.max_req_total_len - 2))
+    settle_memory()
     parent.send(ChildReady(info=info))
     try:
         engine.run(stopping.is_set)
