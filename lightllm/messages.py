@@ -25,7 +25,11 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknow
 
 
 class Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of types that only occur inside messages."""
+    """Base of types that only occur inside messages.
+
+    Those that come once per request and step are made with `gc=False`: they are in no cycle, and the garbage
+    collector need not look at them.
+    """
 
 
 # ---------------------------------------------------------------- frontend <-> engine
@@ -101,7 +105,7 @@ class Ping(Message):
     nonce: int
 
 
-class TokenLogprobs(Part, array_like=True):
+class TokenLogprobs(Part, array_like=True, gc=False):
     """Log-probabilities at one position: of the token itself and of the most likely alternatives."""
 
     logprob: float
@@ -116,7 +120,7 @@ class RequestFailure(Part):
     message: str
 
 
-class RequestOutput(Part, omit_defaults=True):
+class RequestOutput(Part, omit_defaults=True, gc=False):
     """What one step brought for one request. With a `finish_reason` it is the request's last output.
 
     `logprobs` is aligned with `new_token_ids`. `prompt_logprobs` comes once, with the first token, one entry

@@ -283,7 +283,7 @@ def _frame_writer(call: Call) -> Emit:
             % (
                 b"null" if token_id is None else b"%d" % token_id,
                 encode(text),
-                b"null" if logprobs is None else repr(_rounded(logprobs.logprob)).encode(),
+                b"null" if logprobs is None else encode(_rounded(logprobs.logprob)),
                 b"true" if token_id in special_ids else b"false",
                 sample.num_tokens,
                 len(sample.prompt_token_ids),

@@ -72,17 +72,14 @@ class HttpTransport:
         self._is_open = True
         kept, self._kept = self._kept, []
         for data in kept:
-            self._put(data)
+            self.write(data)
 
     def write(self, data: bytes) -> None:
         """Send one frame of the body; never blocks, cuts off a client that does not read."""
         self.written_s = time.monotonic()
-        if self._is_open:
-            self._put(data)
-        else:
+        if not self._is_open:
             self._kept.append(data)
-
-    def _put(self, data: bytes) -> None:
+            return
         if self.is_gone:
             return
         self._transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._is_chunked else data)

@@ -5,7 +5,7 @@ else is shown at once. Runs in the frontend process. Knows nothing of requests, 
 """
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from lightllm.frontend.tokenizer import Tokenizer
@@ -42,17 +42,41 @@ class _TokenBytes(dict[int, bytes]):
         return data
 
 
+class TokenTexts(dict[int, str | None]):
+    """Text of each id whose bytes are whole UTF-8 characters, None for the others; filled on first use."""
+
+    def __init__(self, token_bytes: Mapping[int, bytes]) -> None:
+        super().__init__()
+        self.bytes = token_bytes
+
+    def __missing__(self, token_id: int) -> str | None:
+        try:
+            text: str | None = self.bytes[token_id].decode()
+        except UnicodeDecodeError:
+            text = None
+        self[token_id] = text
+        return text
+
+
 class ByteDecoder:
     """For byte-level vocabularies: the text of a sequence is the UTF-8 of its tokens' bytes joined."""
 
-    def __init__(self, token_bytes: _TokenBytes) -> None:
-        self._bytes = token_bytes
+    def __init__(self, token_texts: TokenTexts) -> None:
+        self._texts = token_texts
+        self._bytes = token_texts.bytes
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._is_inside_character = False
 
     def push(self, token_id: int) -> str:
-        return self._utf8.decode(self._bytes[token_id])
+        text = self._texts[token_id]
+        if text is not None and not self._is_inside_character:
+            return text
+        text = self._utf8.decode(self._bytes[token_id])
+        self._is_inside_character = bool(self._utf8.getstate()[0])
+        return text
 
     def flush(self) -> str:
+        self._is_inside_character = False
         return self._utf8.decode(b"", True)
 
 
@@ -207,7 +231,11 @@ class Detokenizer:
 
     def push(self, token_id: int) -> str:
         """Take one id and return the text that may be shown now."""
-        return self._shown(self._decoder.push(token_id))
+        text = self._decoder.push(token_id)
+        if self._matcher is not None:
+            return self._shown(text)
+        self.num_chars += len(text)
+        return text
 
     def finish(self, end_text: str = "") -> str:
         """Return all text still held back, followed by `end_text` (a printed end token)."""
@@ -238,7 +266,8 @@ class DetokenizerFactory:
         self.tokenizer = tokenizer
         self._is_byte_level = "ByteLevel" in repr(tokenizer.backend.decoder)
         self._all_bytes = _TokenBytes(tokenizer, frozenset())
-        self._plain_bytes = _TokenBytes(tokenizer, tokenizer.special_ids)
+        self._all_texts = TokenTexts(self._all_bytes)
+        self._plain_texts = TokenTexts(_TokenBytes(tokenizer, tokenizer.special_ids))
         self._special_text = {
             token_id: self.token_text(token_id) for token_id in sorted(tokenizer.special_ids)
         }
@@ -263,7 +292,7 @@ class DetokenizerFactory:
         """
         decoder: Decoder
         if self._is_byte_level:
-            decoder = ByteDecoder(self._plain_bytes if skip_special_tokens else self._all_bytes)
+            decoder = ByteDecoder(self._plain_texts if skip_special_tokens else self._all_texts)
         else:
             decoder = WindowDecoder(self.tokenizer, skip_special_tokens, prompt_token_ids[-SEED_IDS:])
         if add_spaces and not skip_special_tokens:

@@ -6,6 +6,7 @@ knows nothing of text or HTTP.
 """
 
 import asyncio
+import itertools
 import logging
 import math
 import time
@@ -46,6 +47,7 @@ RESTART_RETRY_S = 5
 LOADING_RETRY_S = 5
 MAX_RETRY_S = 60
 RATE_WINDOW = 64
+MAX_MESSAGES_PER_TURN = 8
 
 
 class OutputSink(Protocol):
@@ -275,7 +277,11 @@ class EngineClient:
 
     async def _read(self, pull: zmq.asyncio.Socket) -> None:
         decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
-        while True:
+        for count in itertools.count(1):
+            # A message that waits already is received without a turn of the loop. A few of them per turn let
+            # the frames of a client that are behind leave in one write; more would starve everything else.
+            if not count % MAX_MESSAGES_PER_TURN:
+                await asyncio.sleep(0)
             data = await pull.recv()
             self._heard_s = time.monotonic()
             try:
@@ -290,7 +296,9 @@ class EngineClient:
             case EngineOutput(outputs=outputs):
                 self._note_step(message.stats)
                 for output in outputs:
-                    self._deliver(output)
+                    live = self._live.get(output.request_id)
+                    if live is not None:  # else it was aborted in the meantime
+                        self._deliver(live, output)
             case Pong(nonce=nonce):
                 self.stats = message.stats
                 pong = self._pongs.get(nonce)
@@ -307,10 +315,7 @@ class EngineClient:
             self._token_s = max(stats.step_duration_s / stats.step_num_tokens, 0.99 * self._token_s)
         self._on_stats(stats)
 
-    def _deliver(self, output: RequestOutput) -> None:
-        live = self._live.get(output.request_id)
-        if live is None:
-            return  # aborted in the meantime
+    def _deliver(self, live: _Live, output: RequestOutput) -> None:
         live.has_output = True
         if output.finish_reason is not None:
             del self._live[output.request_id]

@@ -21,7 +21,7 @@ from lightllm.errors import LightLLMError
 from lightllm.logs import setup_logging
 from lightllm.messages import ChildConfig, ChildFailed, ChildProgress, ChildReady, EngineInfo, EngineStats
 from lightllm.scheduler.scheduler import Scheduler, SchedulerConfig
-from lightllm.server.child import Parent
+from lightllm.server.child import Parent, settle_memory
 from lightllm.server.model_files import ModelDescription, describe_model, open_weights
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ def _serve(parent: Parent, child: ChildConfig, config: Config) -> int:
         else StatsLog(observability.log_stats_interval).note,
     )
     engine.warm_up([0] * min(WARM_UP_PROMPT_TOKENS, info.max_req_total_len - 2))
+    settle_memory()
     parent.send(ChildReady(info=info))
     try:
         engine.run(stopping.is_set)

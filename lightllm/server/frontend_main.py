@@ -35,7 +35,7 @@ from lightllm.messages import (
     EngineUp,
     ToChild,
 )
-from lightllm.server.child import Parent
+from lightllm.server.child import Parent, settle_memory
 from lightllm.server.model_files import describe_model, load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -98,6 +98,7 @@ class Frontend:
             lambda message: _call(loop, self._on_message, message), lambda: _call(loop, self._stop)
         )
         sockets = [socket.socket(fileno=fd) for fd in self.child.listen_fds]
+        settle_memory()
         self.parent.send(ChildReady())
         await self.server.serve(sockets)
         self.engine.close()

@@ -7,7 +7,14 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightllm.frontend.detokenizer import Detokenizer, DetokenizerFactory, StopMatcher, WindowDecoder
+from lightllm.frontend.detokenizer import (
+    ByteDecoder,
+    Detokenizer,
+    DetokenizerFactory,
+    StopMatcher,
+    TokenTexts,
+    WindowDecoder,
+)
 from lightllm.frontend.tokenizer import Tokenizer
 from tests.fakes import EOS, byte_tokenizer
 
@@ -44,6 +51,23 @@ def test_the_stream_is_the_decode_up_to_the_first_stop(ids, stops, include, skip
     match = first_stop(whole, stops)
     expected = whole if match is None else whole[: match[1] if include else match[0]]
     assert run(detokenizer, ids) == expected
+
+
+# Whole characters, pieces of them, and both in one token; cut anywhere.
+PIECES = [
+    b"a",
+    b"\xff",
+    *(whole[i:j] for whole in ["x\u4f60\u00e9y".encode()] for i in range(8) for j in range(i, 8)),
+]
+
+
+@settings(max_examples=300, deadline=None)
+@given(ids=st.lists(st.integers(0, len(PIECES) - 1), max_size=12), cut=st.integers(0, 12))
+def test_tokens_of_whole_characters_take_the_short_way_to_the_same_text(ids, cut) -> None:
+    decoder = ByteDecoder(TokenTexts(dict(enumerate(PIECES))))
+    for part in (ids[:cut], ids[cut:]):
+        text = "".join([*(decoder.push(token_id) for token_id in part), decoder.flush()])
+        assert text == b"".join(PIECES[token_id] for token_id in part).decode(errors="replace")
 
 
 @settings(max_examples=100, deadline=None)

@@ -1,6 +1,7 @@
 """The engine link over real ipc sockets: delivery, isolation, death and return of the engine, health."""
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import zmq.asyncio
 
 from lightllm import messages
 from lightllm.errors import LightLLMError
-from lightllm.frontend.engine_client import EngineClient, FinishRate
+from lightllm.frontend.engine_client import MAX_MESSAGES_PER_TURN, EngineClient, FinishRate
 from lightllm.messages import (
     AbortAll,
     AbortRequest,
@@ -110,6 +111,24 @@ def test_outputs_reach_their_sinks_and_bugs_stay_where_they_are(tmp_path: Path) 
         assert await end.receive() == AbortRequest(request_id="bad")
         assert client.num_live == 0
         assert client.stats.step_phase == "decode"
+
+    run(test, tmp_path)
+
+
+def test_a_reader_that_is_behind_lets_others_have_their_turns(tmp_path: Path) -> None:
+    async def test(client: EngineClient, end: EngineEnd) -> None:
+        sink, num_messages = Sink(), 20 * MAX_MESSAGES_PER_TURN
+        client.submit(request("r"), sink)
+        outbox = zmq.Socket.shadow(end.outbox.underlying)
+        for _ in range(num_messages):
+            output = RequestOutput(request_id="r", new_token_ids=[1])
+            outbox.send(messages.encode(EngineOutput(outputs=[output], stats=EngineStats())))
+        time.sleep(0.2)  # noqa: ASYNC251 - everything arrives while the loop stands still
+        num_turns = 0
+        while len(sink.outputs) < num_messages:
+            await asyncio.sleep(0)
+            num_turns += bool(sink.outputs)
+        assert num_turns >= num_messages // MAX_MESSAGES_PER_TURN
 
     run(test, tmp_path)
 
