@@ -22,6 +22,13 @@ MAX_CONSTRAINT_BYTES = 256 * 1024
 GREEDY_TEMPERATURE = 1e-5
 
 
+class Described(str):
+    """What a message says of a value instead of the value itself, so without its quotes: `17 sequences`."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
 class SamplingParams(
     msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True
 ):
@@ -138,15 +145,17 @@ def _short(value: object) -> str:
 def _check_ids(check: _Checker, params: SamplingParams, vocab_size: int) -> None:
     count = len(params.logit_bias)
     allowed = f"at most {MAX_LOGIT_BIAS} entries"
-    check.require("logit_bias", f"{count} entries", count <= MAX_LOGIT_BIAS, allowed)
+    check.require("logit_bias", Described(f"{count} entries"), count <= MAX_LOGIT_BIAS, allowed)
     for token_id, bias in params.logit_bias.items():
         check.require("logit_bias", token_id, 0 <= token_id < vocab_size, f"ids 0..{vocab_size - 1}")
         check.require("logit_bias", bias, -100 <= bias <= 100, "values -100..100")
     count = len(params.stop_token_ids)
     allowed = f"at most {MAX_STOP_TOKEN_IDS} ids"
-    check.require("stop_token_ids", f"{count} ids", count <= MAX_STOP_TOKEN_IDS, allowed)
+    check.require("stop_token_ids", Described(f"{count} ids"), count <= MAX_STOP_TOKEN_IDS, allowed)
     count = len(params.allowed_token_ids)
-    check.require("allowed_token_ids", f"{count} ids", count <= vocab_size, f"at most {vocab_size} ids")
+    check.require(
+        "allowed_token_ids", Described(f"{count} ids"), count <= vocab_size, f"at most {vocab_size} ids"
+    )
     for name in ("stop_token_ids", "allowed_token_ids"):
         for token_id in getattr(params, name):
             check.require(name, token_id, 0 <= token_id < vocab_size, f"ids 0..{vocab_size - 1}")
@@ -155,15 +164,19 @@ def _check_ids(check: _Checker, params: SamplingParams, vocab_size: int) -> None
 def _check_stops(check: _Checker, params: SamplingParams, vocab_size: int) -> None:
     stops = params.stop_sequences
     allowed = f"at most {MAX_STOP_SEQUENCES} sequences"
-    check.require("stop_sequences", f"{len(stops)} sequences", len(stops) <= MAX_STOP_SEQUENCES, allowed)
+    check.require(
+        "stop_sequences", Described(f"{len(stops)} sequences"), len(stops) <= MAX_STOP_SEQUENCES, allowed
+    )
     for stop in stops:
         if isinstance(stop, str):
             allowed = f"strings of 1..{MAX_STOP_CHARS} characters"
             is_ok = 1 <= len(stop) <= MAX_STOP_CHARS
-            check.require("stop_sequences", f"{len(stop)} characters", is_ok, allowed)
+            check.require("stop_sequences", Described(f"{len(stop)} characters"), is_ok, allowed)
             continue
         allowed = f"lists of 1..{MAX_STOP_IDS} ids"
-        check.require("stop_sequences", f"{len(stop)} ids", 1 <= len(stop) <= MAX_STOP_IDS, allowed)
+        check.require(
+            "stop_sequences", Described(f"{len(stop)} ids"), 1 <= len(stop) <= MAX_STOP_IDS, allowed
+        )
         for token_id in stop:
             check.require("stop_sequences", token_id, 0 <= token_id < vocab_size, f"ids 0..{vocab_size - 1}")
 
@@ -175,6 +188,6 @@ def _check_constraints(check: _Checker, params: SamplingParams) -> None:
     for name in given:
         size = len(getattr(params, name).encode())
         allowed = f"at most {MAX_CONSTRAINT_BYTES} bytes"
-        check.require(name, f"{size} bytes", size <= MAX_CONSTRAINT_BYTES, allowed)
+        check.require(name, Described(f"{size} bytes"), size <= MAX_CONSTRAINT_BYTES, allowed)
     if given and params.allowed_token_ids:
         check.require("allowed_token_ids", "ids", False, f"not together with {given[0]}")

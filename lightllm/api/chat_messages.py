@@ -8,6 +8,7 @@ from typing import Any
 
 from lightllm.api.fields import out_of_range, refuse, wrong_type
 from lightllm.errors import RequestError
+from lightllm.sampling_params import Described
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_MESSAGES = 10_000
@@ -30,7 +31,7 @@ def check_messages(messages: list[Any], param: str = "messages") -> list[dict[st
     if not messages:
         raise out_of_range(param, messages, "at least one message")
     if len(messages) > MAX_MESSAGES:
-        raise out_of_range(param, f"{len(messages)} messages", f"at most {MAX_MESSAGES}")
+        raise out_of_range(param, Described(f"{len(messages)} messages"), f"at most {MAX_MESSAGES}")
     return [_check_message(message, f"{param}[{i}]") for i, message in enumerate(messages)]
 
 
@@ -83,7 +84,7 @@ def _check_tool_calls(calls: Any, role: str, where: str) -> None:
     if not isinstance(calls, list):
         raise wrong_type(where, calls, "array")
     if calls and role != "assistant":
-        raise out_of_range(where, f"role {role}", "tool_calls only in messages of role assistant")
+        raise out_of_range(where, Described(f"role {role}"), "tool_calls only in messages of role assistant")
     for j, call in enumerate(calls):
         function = call.get("function") if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
@@ -112,7 +113,7 @@ def template_kwargs(
         if not isinstance(value, bool | int | str):
             raise wrong_type(param, value, "bool, int or str")
         if isinstance(value, str) and len(value) > MAX_KWARG_CHARS:
-            raise out_of_range(param, f"{len(value)} characters", f"at most {MAX_KWARG_CHARS}")
+            raise out_of_range(param, Described(f"{len(value)} characters"), f"at most {MAX_KWARG_CHARS}")
         if name in ("add_generation_prompt", "continue_final_message") and not isinstance(value, bool):
             raise wrong_type(param, value, "bool")
         kwargs[name] = value

@@ -10,7 +10,7 @@ from lightllm.api.openai_output import ChunkWriter, CompletionTokens
 from lightllm.api.openai_types import Completion, CompletionChoice, CompletionRequest
 from lightllm.frontend.generation import Generation, SampleStream
 from lightllm.messages import TokenLogprobs
-from lightllm.sampling_params import SamplingParams
+from lightllm.sampling_params import Described, SamplingParams
 
 MAX_PROMPTS = 128
 # Entries of prompt logprobs in one answer: prompt tokens * (alternatives + 1).
@@ -58,7 +58,9 @@ class _Job:
             size = sum(len(prompt) for prompt in ids) * (self.num_top + 1) * self.params.n
             if size > MAX_PROMPT_LOGPROBS:
                 raise out_of_range(
-                    "logprobs", f"{size} entries for the prompt", f"at most {MAX_PROMPT_LOGPROBS} with echo"
+                    "logprobs",
+                    Described(f"{size} entries for the prompt"),
+                    f"at most {MAX_PROMPT_LOGPROBS} with echo",
                 )
         generation = generator.start(
             ids, self.params, emit, request_id=self.call.request_id, priority=priority, timeout_s=timeout_s
@@ -214,7 +216,7 @@ def check_prompts(prompt: Any) -> list[str | list[int]]:
     if not prompts:
         raise out_of_range("prompt", prompt, "at least one prompt")
     if len(prompts) > MAX_PROMPTS:
-        raise out_of_range("prompt", f"{len(prompts)} prompts", f"at most {MAX_PROMPTS}")
+        raise out_of_range("prompt", Described(f"{len(prompts)} prompts"), f"at most {MAX_PROMPTS}")
     is_text = isinstance(prompts[0], str)
     for i, entry in enumerate(prompts):
         param = "prompt" if len(prompts) == 1 else f"prompt[{i}]"

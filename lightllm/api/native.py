@@ -207,6 +207,9 @@ def _sampling_params(
     context: AppContext, parameters: NativeParameters, logprobs: int | None
 ) -> SamplingParams:
     fields = given(parameters, FIELDS)
+    if parameters.min_new_tokens is not None and parameters.min_new_tokens < 1:
+        allowed = "1 <= min_new_tokens <= max_new_tokens"
+        raise out_of_range(PREFIX + "min_new_tokens", parameters.min_new_tokens, allowed)
     stop = agreed(PREFIX + "stop", parameters.stop, PREFIX + "stop_sequences", parameters.stop_sequences)
     if stop is not None:
         fields["stop_sequences"] = [stop] if isinstance(stop, str) else stop

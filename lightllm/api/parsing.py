@@ -154,6 +154,7 @@ def _unknown_fields(raw: Any, kind: type[msgspec.Struct], path: str, strict: boo
 def _translate(text: str) -> RequestError:
     located = _LOCATION.match(text)
     what, path = (located["what"], located["path"] or "") if located else (text, "")
+    path = path.removesuffix("[...]")  # some key of an object; which one is not said
     if missing := _MISSING.match(what):
         param = ".".join(part for part in (path, missing["field"]) if part)
         return RequestError(f"{param}: required, but missing", code="missing_field", param=param)

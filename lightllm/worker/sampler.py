@@ -5,6 +5,7 @@ Owns no state between steps: what a token depends on is its logits, its request'
 node or in another batch, as far as its logits are the same. Runs in the worker, on any device.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,6 +17,8 @@ from lightllm.messages import TokenLogprobs
 from lightllm.sampling_params import SamplingParams
 
 NUM_CANDIDATES = 1024
+# Larger logits are cut to this: an infinite one would make the softmax of its row undefined.
+MAX_LOGIT = 1e30
 
 
 @dataclass(slots=True)
@@ -189,7 +192,8 @@ def _invert(weights: Tensor, noise: Tensor) -> Tensor:
     total = cumulative[:, -1:].contiguous()
     found = torch.searchsorted(cumulative, noise[:, None] * total, right=True)
     last = torch.searchsorted(cumulative, total, right=False)  # where the product rounds up to the total
-    return torch.minimum(found, last)[:, 0]
+    # Weights that are no numbers are passed by nothing; an index beyond the last would end the engine.
+    return torch.minimum(found, last)[:, 0].clamp_(max=weights.shape[1] - 1)
 
 
 # ---------------------------------------------------------------- the pipeline of logit processors
@@ -216,7 +220,7 @@ def _penalise(logits: Tensor, row: SamplingRow) -> None:
         values = logits[seen]
         logits[seen] = torch.where(
             values > 0, values / params.repetition_penalty, values * params.repetition_penalty
-        )
+        ).clamp_(max=MAX_LOGIT)
     counted = token_ids if params.input_penalty else token_ids[row.state.num_prompt_tokens :]
     if len(counted) and (params.frequency_penalty or params.presence_penalty):
         ids, counts = torch.unique(counted, return_counts=True)
@@ -225,8 +229,11 @@ def _penalise(logits: Tensor, row: SamplingRow) -> None:
 
 def _ban_early_end(logits: Tensor, row: SamplingRow) -> None:
     params = row.state.params
+    banned = row.state.eos_token_ids + params.stop_token_ids
+    if params.allowed_token_ids and set(banned).issuperset(params.allowed_token_ids):
+        return  # nothing would be left; the scheduler does not end the request at these before its minimum
     if row.num_output_tokens + 1 < params.min_new_tokens:
-        logits[row.state.eos_token_ids + params.stop_token_ids] = -torch.inf
+        logits[banned] = -torch.inf
 
 
 def _favour_end(logits: Tensor, row: SamplingRow) -> None:
@@ -235,7 +242,9 @@ def _favour_end(logits: Tensor, row: SamplingRow) -> None:
     end_ids = row.state.eos_token_ids
     if past > 0 and end_ids:
         values = logits[end_ids]
-        logits[end_ids] = values + values.abs() * (min(factor**past, 1e30) - 1.0)
+        gain = math.expm1(min(past * math.log(factor), math.log(MAX_LOGIT)))
+        raised = (values + values.abs() * gain).clamp_(max=MAX_LOGIT)
+        logits[end_ids] = torch.where(values.isinf(), values, raised)  # one that is not allowed stays so
 
 
 PIPELINE: tuple[tuple[Callable[[SamplingParams], bool], Processor], ...] = (

@@ -1,6 +1,7 @@
 """The error table: what clients may get wrong, and the exact status, code and field that they are told."""
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -26,6 +27,14 @@ def chat(**fields: Any) -> dict[str, Any]:
     return {"messages": USER, "max_tokens": 2, **fields}
 
 
+def function(name: str, arguments: str = "{}") -> dict[str, Any]:
+    return {"id": "c", "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def json_schema(schema: Any) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+
+
 RANGE, TYPE, MISSING, REFUSED = "out_of_range", "wrong_type", "missing_field", "not_supported"
 LENGTH, BAD = "context_length_exceeded", "bad_json"
 
@@ -40,6 +49,9 @@ NATIVE = [
     (native(max_new_tokens=True), TYPE, "parameters.max_new_tokens"),
     (native(max_new_tokens=255), LENGTH, "inputs"),
     (native(max_new_tokens=2, min_new_tokens=3), RANGE, "parameters.min_new_tokens"),
+    (native(min_new_tokens=0), RANGE, "parameters.min_new_tokens"),
+    ({"inputs": "hi", "parameters": []}, TYPE, "parameters"),
+    ({"inputs": ["a", "b"]}, TYPE, "inputs[0]"),
     # prompt
     ({}, MISSING, "inputs"),
     ({"inputs": None}, TYPE, "inputs"),
@@ -62,6 +74,11 @@ NATIVE = [
     (native(top_k=-2), RANGE, "parameters.top_k"),
     (native(top_k=2**31), RANGE, "parameters.top_k"),
     (native(min_p=-0.1), RANGE, "parameters.min_p"),
+    (native(min_p=1.1), RANGE, "parameters.min_p"),
+    (native(temperature=101), RANGE, "parameters.temperature"),
+    (native(repetition_penalty=101), RANGE, "parameters.repetition_penalty"),
+    (native(presence_penalty=1e308), RANGE, "parameters.presence_penalty"),
+    (native(n=17), RANGE, "parameters.n"),
     (native(frequency_penalty=101), RANGE, "parameters.frequency_penalty"),
     (native(presence_penalty=-101), RANGE, "parameters.presence_penalty"),
     (native(repetition_penalty=0), RANGE, "parameters.repetition_penalty"),
@@ -74,6 +91,11 @@ NATIVE = [
     (native(n=10**6), RANGE, "parameters.n"),
     (native(n=2, best_of=1), RANGE, "parameters.best_of"),
     (native(exponential_decay_length_penalty=[1, 0.5]), RANGE, "parameters.exponential_decay_length_penalty"),
+    (
+        native(exponential_decay_length_penalty=[-1, 1.5]),
+        RANGE,
+        "parameters.exponential_decay_length_penalty",
+    ),
     (native(exponential_decay_length_penalty=[1]), TYPE, "parameters.exponential_decay_length_penalty"),
     # stops
     (native(stop_sequences=""), RANGE, "parameters.stop_sequences"),
@@ -90,11 +112,17 @@ NATIVE = [
     (native(logit_bias={"257": 1}), RANGE, "parameters.logit_bias"),
     (native(logit_bias={"x": 1}), TYPE, "parameters.logit_bias"),
     (native(logit_bias={"1": 101}), RANGE, "parameters.logit_bias"),
+    (native(logit_bias={"1": "inf"}), TYPE, "parameters.logit_bias"),
+    (native(logit_bias={"1": 1e308}), RANGE, "parameters.logit_bias"),
+    (native(logit_bias={"-1": 1}), RANGE, "parameters.logit_bias"),
+    (native(logit_bias=[1]), TYPE, "parameters.logit_bias"),
     (native(logit_bias={str(i): 1 for i in range(10**5)}), RANGE, "parameters.logit_bias"),
     (native(allowed_token_ids=[-1]), RANGE, "parameters.allowed_token_ids"),
+    (native(allowed_token_ids=[1] * 258), RANGE, "parameters.allowed_token_ids"),
     # later, never, and elsewhere
     (native(guided_json={"type": "object"}), REFUSED, "parameters.guided_json"),
     (native(regular_constraint="(a+)+$"), REFUSED, "parameters.regular_constraint"),
+    (native(guided_grammar="root ::= root"), REFUSED, "parameters.guided_grammar"),
     (native(group_request_id=1), REFUSED, "parameters.group_request_id"),
     ({"inputs": "hi", "suggested_dp_index": 0}, REFUSED, "suggested_dp_index"),
     (native(timeout_s=0), RANGE, "parameters.timeout_s"),
@@ -118,6 +146,20 @@ OPENAI = [
     (COMPLETE, complete(prompt=["a", "x" * 255]), LENGTH, "prompt[1]"),
     (COMPLETE, complete(max_tokens=0), RANGE, "max_tokens"),
     (COMPLETE, complete(max_tokens=-1), RANGE, "max_tokens"),
+    (COMPLETE, complete(max_tokens=2**31), RANGE, "max_tokens"),
+    (COMPLETE, complete(max_tokens=2**63), RANGE, "max_tokens"),
+    (COMPLETE, complete(max_tokens="10"), TYPE, "max_tokens"),
+    (COMPLETE, complete(max_tokens=True), TYPE, "max_tokens"),
+    (COMPLETE, complete(max_tokens=1.5), TYPE, "max_tokens"),
+    (COMPLETE, complete(prompt=[-1]), RANGE, "prompt"),
+    (COMPLETE, complete(prompt=[2**40]), RANGE, "prompt"),
+    (COMPLETE, complete(prompt=[1.5]), TYPE, "prompt"),
+    (COMPLETE, complete(prompt={"a": 1}), TYPE, "prompt"),
+    (COMPLETE, complete(n=3, best_of=2), RANGE, "best_of"),
+    (COMPLETE, complete(seed=2**64), RANGE, "seed"),
+    (COMPLETE, complete(stop=["x"] * 17), RANGE, "stop"),
+    (COMPLETE, complete(timeout_s=0), RANGE, "timeout_s"),
+    (COMPLETE, complete(priority=11), RANGE, "priority"),
     (COMPLETE, complete(min_tokens=3), RANGE, "min_tokens"),
     (COMPLETE, complete(temperature=2.1), RANGE, "temperature"),
     (COMPLETE, complete(presence_penalty=-2.1), RANGE, "presence_penalty"),
@@ -164,8 +206,27 @@ OPENAI = [
     (CHAT, chat(logprobs=True, top_logprobs=21), RANGE, "top_logprobs"),
     (CHAT, chat(logprobs=1), TYPE, "logprobs"),
     (CHAT, chat(tools=[{"type": "function"}]), REFUSED, "tools"),
+    (CHAT, chat(tools=[function("f"), function("f")]), REFUSED, "tools"),
+    (CHAT, chat(tools=[function("")]), REFUSED, "tools"),
+    (CHAT, chat(tools=[function(f"f{i}") for i in range(1000)]), REFUSED, "tools"),
     (CHAT, chat(tool_choice="required"), REFUSED, "tool_choice"),
+    (CHAT, chat(tool_choice=function("unknown")), REFUSED, "tool_choice"),
     (CHAT, chat(response_format={"type": "json_object"}), REFUSED, "response_format"),
+    (CHAT, chat(response_format={"schema": {}}), REFUSED, "response_format"),
+    (CHAT, chat(response_format=json_schema({"$ref": "#"})), REFUSED, "response_format"),
+    (CHAT, chat(response_format=json_schema({"$ref": "http://example.org/x"})), REFUSED, "response_format"),
+    (CHAT, chat(response_format=json_schema({"pattern": "(a+)+$"})), REFUSED, "response_format"),
+    (CHAT, chat(response_format=json_schema({"odd": 1})), REFUSED, "response_format"),
+    (CHAT, chat(response_format=json_schema(False)), REFUSED, "response_format"),
+    (CHAT, chat(response_format=json_schema({"title": "x" * 10_000_000})), REFUSED, "response_format"),
+    (CHAT, chat(guided_json={}, guided_choice=["a"]), REFUSED, "guided_choice"),
+    (CHAT, chat(messages=USER * 10_000), LENGTH, "messages"),
+    (
+        CHAT,
+        chat(messages=[{"role": "assistant", "content": None, "tool_calls": [function("f", "{bad")]}]),
+        TYPE,
+        "messages[0].tool_calls[0].function.arguments",
+    ),
     (CHAT, chat(functions=[]), REFUSED, "functions"),
     (CHAT, chat(audio={}), REFUSED, "audio"),
     (CHAT, chat(modalities=["audio"]), REFUSED, "modalities"),
@@ -183,8 +244,11 @@ OPENAI = [
 
 async def check_all(app: Asgi, rows: list[tuple[str, Any, str, str]]) -> None:
     for path, body, code, param in rows:
-        reply = await app.post(path, body)
-        shown = json.dumps(body)[:200]
+        content = json.dumps(body).encode()
+        began = time.monotonic()
+        reply = await app.post(path, content)
+        shown = content[:200]
+        assert time.monotonic() - began < 5, shown  # a second on a machine with nothing else to do
         assert reply.status_code == 400, (path, shown, reply.text)
         error = reply.json()["error"]
         assert (error["code"], error["param"]) == (code, param), (path, shown, error)
@@ -226,6 +290,8 @@ def test_streams_get_the_same_errors_before_their_status() -> None:
         {"inputs": "\x00nul", "parameters": None, "multimodal_params": {"images": []}},
         {"inputs": "<eos>"},
         {"inputs": [0] * 240},
+        native(exponential_decay_length_penalty=[0, 1e308], logit_bias={"0": -100}),
+        native(stop=["h"]),
     ],
 )
 def test_odd_but_legal(body: dict[str, Any]) -> None:

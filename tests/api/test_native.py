@@ -166,6 +166,23 @@ def test_openai_clients_get_samples_whatever_the_model_says() -> None:
     run_asgi(test)
 
 
+def test_request_timeout_bounds_whoever_names_no_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightllm.frontend.generation.DEADLINE_GRACE_S", 0.02)
+    monkeypatch.setattr("lightllm.frontend.generation.FIRST_OUTPUT_LIMIT_S", 0.02)
+
+    async def test(app: Asgi) -> None:
+        app.engine.resumed.clear()
+        whole = await app.post("/generate", {"inputs": "hi"})
+        assert (whole.status_code, whole.json()["error"]["code"]) == (504, "deadline")
+        streamed = await app.post("/generate_stream", {"inputs": "hi"})
+        assert streamed.status_code == 200  # held back for the first token, but not for longer than its limit
+        assert '"finish_reason":"error"' in streamed.text
+        assert '"code":"deadline"' in streamed.text
+        assert streamed.text.count("data:") == 1
+
+    run_asgi(test, server={"request_timeout": 0.1})
+
+
 def test_request_ids_priority_and_deadline_reach_the_engine() -> None:
     async def test(app: Asgi) -> None:
         body = {"inputs": "hi", "timeout_s": 5, "parameters": {"priority": 3}}

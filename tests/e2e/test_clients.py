@@ -228,3 +228,21 @@ def test_a_hundred_clients_are_answered_exactly_once(server: Server) -> None:
 
     with ThreadPoolExecutor(50) as pool:
         assert list(pool.map(ask, range(100))) == [(200, 4)] * 100
+
+
+def test_legal_extremes_cost_nobody_else_anything(server: Server) -> None:
+    """What once led to an id outside the vocabulary, and so to the end of the engine."""
+    epoch = server.metric("engine_restarts_total")
+    body = {"inputs": "Once", "parameters": {"max_new_tokens": 300, "ignore_eos": True}}
+    with server.client.stream("POST", "/generate_stream", json=body) as reply:
+        events = stream_events(reply)
+        next(events)
+        for fields in (
+            {"allowed_token_ids": [2], "min_new_tokens": 3, "top_k": 5},
+            {"allowed_token_ids": [5, 6], "exponential_decay_length_penalty": [0, 2.0]},
+            {"repetition_penalty": 1e-300, "exponential_decay_length_penalty": [0, 1e308]},
+            {"logit_bias": {str(i): -100 for i in range(1024)}, "temperature": 1e-5, "top_p": 0.5},
+        ):
+            server.generate("hi", do_sample=True, max_new_tokens=4, **fields)
+        assert len(list(events)) == 299
+    assert server.metric("engine_restarts_total") == epoch

@@ -177,3 +177,40 @@ def test_filters_on_a_flat_distribution_beyond_the_candidates():
     drawn = sample(logits.repeat(300, 1), rows).token_ids
     assert drawn.max() < 3601  # 90 % of equally likely tokens, in stable order
     assert len(set(drawn.tolist())) > 200
+
+
+HOSTILE = [
+    ({"allowed_token_ids": [0], "min_new_tokens": 3}, {0}),
+    ({"allowed_token_ids": [0, 7], "stop_token_ids": [7], "min_new_tokens": 3}, {0, 7}),
+    ({"allowed_token_ids": [5, 6], "exponential_decay_length_penalty": (0, 2.0)}, {5, 6}),
+    ({"exponential_decay_length_penalty": (0, 1e308)}, {0}),
+    ({"exponential_decay_length_penalty": (0, 1e308), "min_new_tokens": 3}, set(range(1, VOCAB))),
+    ({"repetition_penalty": 1e-300}, {1, 2, 3, 9}),
+    ({"repetition_penalty": 1e-40, "top_k": 5}, {1, 2, 3, 9}),
+    (
+        {"repetition_penalty": 100.0, "frequency_penalty": -100.0, "presence_penalty": -100.0},
+        set(range(VOCAB)),
+    ),
+    ({"logit_bias": dict.fromkeys(range(VOCAB), -100.0), "top_k": 2**31 - 1}, set(range(VOCAB))),
+]
+
+
+@pytest.mark.parametrize(("fields", "allowed"), HOSTILE)
+@pytest.mark.parametrize("temperature", [1e-5, 1.0, 100.0])
+@pytest.mark.parametrize("filters", [{}, {"top_p": 0.5}, {"top_k": 3, "min_p": 1.0}])
+def test_legal_extremes_leave_a_legal_token(fields, allowed, temperature, filters):
+    """An id outside the vocabulary would end the engine, and every other request with it."""
+    for do_sample in (True, False):
+        params = SamplingParams(do_sample=do_sample, temperature=temperature, **{**filters, **fields})
+        logits = logits_of(2).abs() + 0.1  # the sign decides what a repetition penalty does
+        chosen = sample(logits, [row(params, [1, 2, 3, 9])] * 2).token_ids.tolist()
+        assert set(chosen) <= allowed
+
+
+def test_logits_that_are_no_numbers_leave_an_id_of_the_vocabulary():
+    params = SamplingParams(do_sample=True)
+    for value in (math.nan, math.inf, -math.inf):
+        for fields in ({}, {"top_k": 4}):
+            params = SamplingParams(do_sample=True, **fields)
+            (chosen,) = sample(torch.full((1, VOCAB), value), [row(params)]).token_ids.tolist()
+            assert 0 <= chosen < VOCAB
