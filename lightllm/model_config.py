@@ -203,11 +203,11 @@ def _hf_rope(keys: Keys) -> dict[str, Any]:
     if "full_attention" in parameters:  # one object for each kind of layer
         kinds = Keys(parameters, "config.json: rope_parameters")
         parameters, sliding = kinds.mapping(FULL), Keys(kinds.mapping(SLIDING), kinds.origin)
-        local = sliding.number("rope_theta", local)
         if sliding.text("rope_type", "default") != "default":
             raise ModelLoadError(
                 f"{kinds.origin}: {SLIDING}: got rope_type {sliding.values['rope_type']!r}, expected default"
             )
+        local = sliding.number("rope_theta", local or keys.number("rope_theta", 10000.0))
     scaling = parameters or keys.mapping("rope_scaling")
     inner = Keys(scaling, keys.origin)
     theta = inner.number("rope_theta", keys.number("rope_theta", 10000.0))

