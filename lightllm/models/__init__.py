@@ -86,4 +86,4 @@ def load_model(
     )
     if unused := unused_names(specs, source):
         logger.warning("%d tensors are not used, among them %s", len(unused), ", ".join(unused[:3]))
-    return cls(config, weights, backend, ops, max_len or config.max_position_embeddings)
+    return cls(config, weights, backend, ops, max_len or config.max_context_len)

@@ -139,7 +139,7 @@ class Decoder(Model):
     @classmethod
     def check(cls, config: ModelConfig) -> None:
         check_activation(config.hidden_act)
-        rotary_embedding(config, config.max_position_embeddings)  # refuses what is not built
+        rotary_embedding(config, config.max_context_len)  # refuses what is not built
         for option, unused in OPTIONS.items():
             value = getattr(config, option)
             if option not in cls.options and value != unused:
