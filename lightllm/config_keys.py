@@ -56,11 +56,12 @@ class Keys:
             self.refuse(key, "an integer >= 0")
         return None if value is None else int(value)
 
-    def positive(self, key: str, default: int | None = None) -> int:
-        """An integer >= 1."""
-        value = int(self._choose(key, self.optional_int(key), default, "a positive integer"))
-        if value < 1:
-            self.refuse(key, "a positive integer")
+    def positive(self, key: str, default: int | None = None, most: int = (1 << 31) - 1) -> int:
+        """An integer from 1 to `most`: a damaged size must not become a loop or an allocation."""
+        expected = f"an integer from 1 to {most}"
+        value = int(self._choose(key, self.optional_int(key), default, expected))
+        if not 1 <= value <= most:
+            self.refuse(key, expected)
         return value
 
     def number(self, key: str, default: float | None = None) -> float:

@@ -16,6 +16,7 @@ from lightllm.config_keys import Keys
 from lightllm.errors import ModelLoadError
 
 DTYPES = ("float32", "float16", "bfloat16")
+MAX_LAYERS = 1024
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 # Multimodal architecture -> the language model in it, which is all that is served.
@@ -156,7 +157,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         generation = Keys(generation_config or {}, "generation_config.json")
         num_heads = keys.positive("num_attention_heads")
         hidden_size = keys.positive("hidden_size")
-        num_layers = keys.positive("num_hidden_layers")
+        num_layers = keys.positive("num_hidden_layers", most=MAX_LAYERS)
         window, layer_types = _hf_layers(keys, num_layers)
         eos = [i for source in (generation, top, keys) for i in source.ids("eos_token_id")]
         bos = generation.ids("bos_token_id") + keys.ids("bos_token_id")
@@ -220,11 +221,11 @@ def _hf_rope(keys: Keys) -> dict[str, Any]:
     if "full_attention" in parameters:  # one object for each kind of layer
         kinds = Keys(parameters, "config.json: rope_parameters")
         parameters, sliding = kinds.mapping(FULL), Keys(kinds.mapping(SLIDING), kinds.origin)
-        local = sliding.number("rope_theta", local)
         if sliding.text("rope_type", "default") != "default":
             raise ModelLoadError(
                 f"{kinds.origin}: {SLIDING}: got rope_type {sliding.values['rope_type']!r}, expected default"
             )
+        local = sliding.number("rope_theta", local or keys.number("rope_theta", 10000.0))
     scaling = parameters or keys.mapping("rope_scaling")
     inner = Keys(scaling, keys.origin)
     theta = inner.number("rope_theta", keys.number("rope_theta", 10000.0))

@@ -3,6 +3,7 @@
 Pure functions; know nothing of HTTP.
 """
 
+import logging
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NoReturn, TypeVar
@@ -12,6 +13,8 @@ import msgspec
 from lightllm.api.call import AppContext
 from lightllm.errors import InvalidSamplingParams, RequestError
 from lightllm.sampling_params import SamplingParams, validate
+
+logger = logging.getLogger(__name__)
 
 MAX_PRIORITY = 10
 _MODEL_DEFAULTS: Mapping[str, Any] = MappingProxyType(
@@ -99,13 +102,23 @@ def given(request: msgspec.Struct, names: Mapping[str, str]) -> dict[str, Any]:
 def sampling_defaults(generation_config: Mapping[str, Any]) -> dict[str, Any]:
     """What a model's generation_config.json says of sampling, as defaults for requests on all routes.
 
-    Values of a wrong type are left out rather than failing every request.
+    Values of a wrong type or out of range are left out, with a warning, rather than failing every request.
     """
     defaults: dict[str, Any] = {}
     for name, kinds in _MODEL_DEFAULTS.items():
         value = generation_config.get(name)
-        if isinstance(value, kinds) and isinstance(value, bool) is (kinds is bool):
+        if value is None:
+            continue
+        is_valid = isinstance(value, kinds) and isinstance(value, bool) is (kinds is bool)
+        try:
+            if is_valid:
+                validate(SamplingParams(**{name: value}), vocab_size=1)
+        except InvalidSamplingParams:
+            is_valid = False
+        if is_valid:
             defaults[name] = value
+        else:
+            logger.warning("generation_config.json: %s: %.80r is not used", name, value)
     return defaults
 
 

@@ -179,17 +179,23 @@ def _reopen_final_message(text: str, messages: list[dict[str, Any]]) -> str:
 
 
 def read_chat_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> str | None:
-    """The template of an HF folder: chat_template.jinja, else tokenizer_config.json, else None.
+    """The template of an HF folder: chat_template.jinja, tokenizer_config.json, chat_template.json, or None.
 
     Where a config names several templates, the one called `default` counts.
 
     Raises:
-        ModelLoadError: the file cannot be read.
+        ModelLoadError: a file cannot be read.
     """
     path = folder / "chat_template.jinja"
     if path.exists():
         return read_template_file(path)
     source = tokenizer_config.get("chat_template")
+    path = folder / "chat_template.json"
+    if source is None and path.exists():  # of multimodal models
+        try:
+            source = msgspec.json.decode(path.read_bytes(), type=dict[str, Any]).get("chat_template")
+        except (OSError, ValueError) as error:
+            raise ModelLoadError(f"{path}: not a readable JSON object: {error}") from error
     if isinstance(source, list):
         named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
         source = named.get("default")

@@ -118,7 +118,9 @@ def build(metadata: Mapping[str, Any], origin: str) -> tokenizers.Tokenizer:
     try:
         return tokenizers.Tokenizer.from_buffer(msgspec.json.encode(document))
     except Exception as error:
-        raise ModelLoadError(f"{origin}: tokenizer.ggml.*: no consistent tokenizer: {error}") from error
+        raise ModelLoadError(
+            f"{origin}: tokenizer.ggml.*: no consistent tokenizer: {' '.join(str(error).split())}"
+        ) from error
 
 
 def _array(keys: Keys, name: str, kind: type | tuple[type, ...], length: int | None = None) -> list[Any]:

@@ -97,16 +97,17 @@ class _Loader:
         return self.ops.dense_linear(weight, bias)
 
     def vector(self, spec: VectorSpec) -> Tensor:
+        read = self._read(spec.name, (spec.size,))  # before the allocation: the size may be wrong
         vector = torch.empty(spec.size, dtype=torch.float32 if spec.offset else self.dtype)
-        _fill(vector, _blocks(self._read(spec.name, (spec.size,))))
+        _fill(vector, _blocks(read))
         return vector.add_(spec.offset) if spec.offset else vector
 
     def _bias(self, spec: LinearSpec) -> Tensor:
-        bias = torch.empty(sum(spec.parts.values()), dtype=self.dtype)
-        parts = (
+        parts = [
             _reordered(self._read(f"{part}.bias", (rows,)), spec.row_orders.get(part))
             for part, rows in spec.parts.items()
-        )
+        ]
+        bias = torch.empty(sum(spec.parts.values()), dtype=self.dtype)
         _fill(bias, itertools.chain.from_iterable(map(_blocks, parts)))
         return bias
 
@@ -115,7 +116,8 @@ class _Loader:
         got = tuple(self.source.shape(name))
         if got != expected:
             raise ModelLoadError(
-                f"tensor {name}: got shape {list(got)}, expected {list(expected)} by the model's config"
+                f"{self.source.file(name)}: tensor {name}: got shape {list(got)}, "
+                f"expected {list(expected)} by the model's config"
             )
         return self.source.load(name)
 

@@ -9,7 +9,6 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Mapping
 from typing import Any
 
 import uvicorn
@@ -17,6 +16,7 @@ import uvloop
 
 from lightllm import __version__
 from lightllm.api.app import AppContext, create_app
+from lightllm.api.fields import sampling_defaults
 from lightllm.api.metrics import Metrics
 from lightllm.api.protocol import uvicorn_config
 from lightllm.api.request_log import RequestLog
@@ -42,9 +42,6 @@ logger = logging.getLogger(__name__)
 
 DRAIN_POLL_S = 0.05
 LAST_WRITE_S = 1.0
-
-# What a model's generation_config.json may replace (interfaces.md 4.1).
-GENERATION_DEFAULTS = ("do_sample", "temperature", "top_p", "top_k", "repetition_penalty")
 
 
 def main() -> int:
@@ -136,11 +133,6 @@ class Frontend:
         self.server.should_exit = True
         # uvicorn waits for open connections; a client that keeps one must not keep the process.
         asyncio.get_running_loop().call_later(LAST_WRITE_S, os._exit, 0)
-
-
-def sampling_defaults(generation_config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a generation_config.json that stand in for ours where a request is silent."""
-    return {name: generation_config[name] for name in GENERATION_DEFAULTS if name in generation_config}
 
 
 def _call(loop: asyncio.AbstractEventLoop, function: Any, *arguments: Any) -> None:

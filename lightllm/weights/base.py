@@ -50,6 +50,14 @@ class WeightSource(Protocol):
         """
         ...
 
+    def file(self, name: str) -> str:
+        """The file that holds a tensor, and its name there if that differs: for messages.
+
+        Raises:
+            ModelLoadError: there is no such tensor.
+        """
+        ...
+
     def load(self, name: str) -> torch.Tensor | PackedTensor:
         """Read one tensor in its stored dtype; quantised ones come packed.
 

@@ -39,6 +39,10 @@ class DummySource:
             raise ModelLoadError(f"dummy weights: the config asks for no tensor {name}")
         return self._shapes[name]
 
+    def file(self, name: str) -> str:
+        """There is none."""
+        return "dummy weights"
+
     def load(self, name: str) -> torch.Tensor | PackedTensor:
         """Make one tensor; the same call always gives the same values."""
         shape = self.shape(name)

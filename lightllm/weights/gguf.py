@@ -147,13 +147,19 @@ class GGUFReader:
             if count > self.size // 12:
                 self._fail(f"damaged: claims {count} {what}, more than {self.size} bytes can hold")
         for _ in range(num_keys):
-            key = self._strings(1, "a metadata key")[0]
+            key = self._name("a metadata key")
             if key in self.metadata:
                 self._fail(f"damaged: metadata key {key!r} stands twice")
             self.metadata[key] = self._value(key, self._u32())
         if self.metadata.get("split.count", 1) != 1:
             self._fail("one part of a split file; join the parts with `llama-gguf-split --merge` first")
         self._read_tensors(num_tensors)
+
+    def _name(self, what: str) -> str:
+        name = self._strings(1, what)[0]
+        if not name.isprintable():  # names stand in messages of one line
+            self._fail(f"damaged: {what} is {name!r:.80}")
+        return name
 
     def _value(self, key: str, kind: int) -> Any:
         if kind == _STRING:
@@ -216,7 +222,7 @@ class GGUFReader:
 
     def _tensor_info(self) -> TensorInfo:
         """One row of the tensor table; its offset is still relative to the start of the data."""
-        name = self._strings(1, "a tensor name")[0]
+        name = self._name("a tensor name")
         num_dims = self._u32()
         if not 1 <= num_dims <= _MAX_DIMS:
             self._fail(f"tensor {name}: got {num_dims} dimensions, expected 1 to {_MAX_DIMS}")

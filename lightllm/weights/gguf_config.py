@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from lightllm.config_keys import Keys
 from lightllm.errors import ModelLoadError
-from lightllm.model_config import FULL, SLIDING, ModelConfig, canonical_layers, default_head_dim
+from lightllm.model_config import FULL, MAX_LAYERS, SLIDING, ModelConfig, canonical_layers, default_head_dim
 
 # Tensors that are no weights: divisors of rotary frequencies.
 ROPE_FREQS = "rope_freqs.weight"
@@ -80,7 +80,8 @@ def gguf_model_config(
     keys = Keys(metadata, plain.origin, f"{name}.")
     if keys.optional_int("expert_count"):
         keys.refuse("expert_count", "a model without experts")
-    num_heads, num_layers = keys.positive("attention.head_count"), keys.positive("block_count")
+    num_heads = keys.positive("attention.head_count")
+    num_layers = keys.positive("block_count", most=MAX_LAYERS)
     hidden_size = keys.positive("embedding_length")
     head_dim = keys.positive("attention.key_length", default_head_dim(hidden_size, num_heads))
     num_tokens = len(plain.sequence("tokenizer.ggml.tokens"))

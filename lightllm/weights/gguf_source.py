@@ -91,6 +91,10 @@ class GGUFSource:
         """Shape in HF order ([out, in] for linears)."""
         return self.reader.tensors[self._find(name)].shape
 
+    def file(self, name: str) -> str:
+        """The path, and the tensor's own name."""
+        return f"{self.reader.path}: {self._find(name)}"
+
     def load(self, name: str) -> torch.Tensor | PackedTensor:
         """A view of the file, packed if quantised; permuted rows and shifted norms are copied."""
         stored = self._find(name)

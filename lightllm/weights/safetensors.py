@@ -4,6 +4,7 @@ Owns which files make up a checkpoint. Pickle-based files (.bin, .pt, .pth) are 
 them can run code.
 """
 
+import logging
 import threading
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,7 +17,23 @@ from safetensors import SafetensorError, safe_open
 from lightllm.errors import ModelLoadError
 from lightllm.weights.base import PackedTensor
 
+logger = logging.getLogger(__name__)
+
 INDEX_NAME = "model.safetensors.index.json"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_NOT_QUANTISED = "quantised safetensors are not supported, use GGUF"
+
+# Names of the language model in a multimodal checkpoint, as old and new versions of transformers write them;
+# its other parts are not read.
+_TEXT_PREFIXES = (
+    ("language_model.model.", "model."),
+    ("language_model.lm_head.", "lm_head."),
+    ("model.language_model.", "model."),
+)
+_OTHER_PREFIXES = (
+    *("vision_tower.", "multi_modal_projector."),
+    *("model.vision_tower.", "model.multi_modal_projector."),
+)
 
 
 class SafetensorsSource:
@@ -39,28 +56,51 @@ class SafetensorsSource:
                 raise ModelLoadError(
                     f"{folder / file}: tensor {name} is missing, though {INDEX_NAME} lists it"
                 )
+        self._stored = {
+            _text_name(name): name for name in self._files if not name.startswith(_OTHER_PREFIXES)
+        }
+        if left_out := len(self._files) - len(self._stored):
+            logger.info("%s: %d tensors that are not the language model's are left out", folder, left_out)
 
     def names(self) -> Iterable[str]:
         """HF names of all tensors."""
-        return self._files.keys()
+        return self._stored.keys()
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the header of its file."""
-        return tuple(self._open(self._find(name)).get_slice(name).get_shape())
+        file, stored = self._find(name)
+        return tuple(self._open(file).get_slice(stored).get_shape())
+
+    def file(self, name: str) -> str:
+        """The path of the shard."""
+        return str(self.folder / self._find(name)[0])
 
     def load(self, name: str) -> torch.Tensor | PackedTensor:
-        """Read one tensor in its stored dtype."""
-        file = self._find(name)
+        """Read one tensor in its stored dtype, a floating-point one of 16 bits or more."""
+        file, stored = self._find(name)
         try:
-            tensor: torch.Tensor = self._open(file).get_tensor(name)
+            tensor: torch.Tensor = self._open(file).get_tensor(stored)
         except (SafetensorError, OSError, RuntimeError) as error:
-            raise ModelLoadError(f"{self.folder / file}: tensor {name} cannot be read: {error}") from error
+            raise ModelLoadError(f"{self.folder / file}: tensor {stored} cannot be read: {error}") from error
+        if tensor.dtype not in DTYPES:
+            raise ModelLoadError(
+                f"{self.folder / file}: tensor {stored}: got {str(tensor.dtype).removeprefix('torch.')}, "
+                f"expected float32, float16 or bfloat16; {_NOT_QUANTISED}"
+            )
         return tensor
 
-    def _find(self, name: str) -> str:
-        if name not in self._files:
-            raise ModelLoadError(f"{self.folder}: no safetensors file has a tensor {name}")
-        return self._files[name]
+    def _find(self, name: str) -> tuple[str, str]:
+        """The file of a tensor, and its name there."""
+        stored = self._stored.get(name)
+        if stored is not None:
+            return self._files[stored], stored
+        packed = name.removesuffix("weight") + "qweight"  # AWQ and GPTQ
+        hint = (
+            f", but {packed}: quantised safetensors are not supported, use GGUF"
+            if packed in self._stored
+            else ""
+        )
+        raise ModelLoadError(f"{self.folder}: no safetensors file has a tensor {name}{hint}")
 
     def _open(self, file: str) -> Any:
         handles = self._handles.__dict__
@@ -73,6 +113,13 @@ class SafetensorsSource:
             except (SafetensorError, OSError) as error:
                 raise ModelLoadError(f"{path}: damaged or truncated safetensors file: {error}") from error
         return handles[file]
+
+
+def _text_name(name: str) -> str:
+    for prefix, short in _TEXT_PREFIXES:
+        if name.startswith(prefix):
+            return short + name.removeprefix(prefix)
+    return name
 
 
 def _from_index(folder: Path) -> dict[str, str]:

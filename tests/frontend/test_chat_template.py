@@ -192,5 +192,14 @@ def test_where_a_folder_keeps_its_template(tmp_path: Path) -> None:
     assert read_chat_template(tmp_path, {"chat_template": "a"}) == "a"
     named = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
     assert read_chat_template(tmp_path, {"chat_template": named}) == "d"
+    (tmp_path / "chat_template.json").write_text('{"chat_template": "multimodal"}')
+    assert read_chat_template(tmp_path, {}) == "multimodal"
+    assert read_chat_template(tmp_path, {"chat_template": "a"}) == "a"
     (tmp_path / "chat_template.jinja").write_text("file")
     assert read_chat_template(tmp_path, {"chat_template": "a"}) == "file"
+
+
+def test_damaged_template_json_is_named(tmp_path: Path) -> None:
+    (tmp_path / "chat_template.json").write_text("[")
+    with pytest.raises(ModelLoadError, match=r"chat_template\.json"):
+        read_chat_template(tmp_path, {})

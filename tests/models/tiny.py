@@ -61,6 +61,9 @@ class StateSource:
             raise ModelLoadError(f"tiny.safetensors: tensor {name} is missing")
         return tuple(self.tensors[name].shape)
 
+    def file(self, name: str) -> str:
+        return "tiny.safetensors"
+
     def load(self, name: str) -> Any:
         return self.tensors[name]
 

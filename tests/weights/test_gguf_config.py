@@ -94,3 +94,45 @@ def test_llama3_scaling_is_recovered_from_the_frequencies() -> None:
     )
     with pytest.raises(ModelLoadError, match=r"rope_freqs\.weight\[31\]"):
         gguf_model_config(keys, rope_factors={"rope_freqs.weight": [*factors[:-1], 3.0]})
+
+
+GEMMA3 = {
+    **{key.replace("llama", "gemma3"): value for key, value in GGUF.items()},
+    "general.architecture": "gemma3",
+    "gemma3.attention.sliding_window": 512,
+}
+
+
+def test_windows_by_the_family_s_pattern_or_a_stated_one() -> None:
+    def windows(**changes: Any) -> list[int | None]:
+        keys = {**GEMMA3, "gemma3.block_count": 6, **{f"gemma3.{k}": v for k, v in changes.items()}}
+        config = gguf_model_config(keys)
+        return [config.window(i) for i in range(6)]
+
+    assert windows() == [512] * 5 + [None]
+    pattern = "attention.sliding_window_pattern"
+    assert windows(**{pattern: 3}) == [512, 512, None] * 2
+    assert windows(**{pattern: [True, False] * 3}) == [512, None] * 3
+    assert windows(**{"attention.sliding_window": 0}) == [None] * 6
+    assert windows(**{pattern: [True] * 6}) == [512] * 6
+    with pytest.raises(ModelLoadError, match="one entry for each of 6 layers"):
+        windows(**{pattern: [True]})
+
+
+def test_the_scale_of_scores_is_stated_or_known_by_size() -> None:
+    sized = {**GEMMA3, "gemma3.attention.key_length": 32}
+    assert gguf_model_config(sized).attention_scale == pytest.approx(32**-0.5)
+    assert gguf_model_config({**sized, "gemma3.block_count": 62}).attention_scale == pytest.approx(16**-0.5)
+    stated = gguf_model_config({**sized, "gemma3.attention.scale": 0.25})
+    assert stated.attention_scale == pytest.approx(0.25)
+
+
+def test_local_rotary_base() -> None:
+    assert gguf_model_config(GEMMA3).rope_local_base_freq == 1e4
+    assert gguf_model_config({**GEMMA3, "gemma3.rope.freq_base_swa": 5e3}).rope_local_base_freq == 5e3
+
+
+def test_vocabulary_size_is_the_number_of_tokens() -> None:
+    assert gguf_model_config({**GGUF, "llama.vocab_size": 99}).vocab_size == 3
+    without = {key: value for key, value in GGUF.items() if key != "tokenizer.ggml.tokens"}
+    assert gguf_model_config({**without, "llama.vocab_size": 99}).vocab_size == 99

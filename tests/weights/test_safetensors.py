@@ -53,6 +53,64 @@ def test_dtypes_are_kept(tmp_path: Path) -> None:
     assert SafetensorsSource(tmp_path).load("a").dtype == torch.bfloat16
 
 
+def test_dtypes_may_differ_between_tensors(tmp_path: Path) -> None:
+    kept = {"a": torch.float16, "b": torch.bfloat16, "c": torch.float32, "d": torch.float64}
+    save_file(
+        {name: torch.ones(2, dtype=dtype) for name, dtype in kept.items()}, tmp_path / "model.safetensors"
+    )
+    source = SafetensorsSource(tmp_path)
+    assert {name: source.load(name).dtype for name in kept} == kept
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.int32, torch.bool]
+)
+def test_quantised_tensors_are_refused_when_they_are_needed(tmp_path: Path, dtype: torch.dtype) -> None:
+    tensors = {"w": torch.zeros(2).to(dtype), "norm": torch.ones(2)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    source = SafetensorsSource(tmp_path)
+    assert torch.equal(source.load("norm"), torch.ones(2))
+    name = str(dtype).removeprefix("torch.")
+    with pytest.raises(ModelLoadError, match=rf"model\.safetensors: tensor w: got {name}, expected float32"):
+        source.load("w")
+
+
+def test_awq_and_gptq_are_refused_by_their_names(tmp_path: Path) -> None:
+    save_file({"q_proj.qweight": torch.zeros(2, dtype=torch.int32)}, tmp_path / "model.safetensors")
+    with pytest.raises(
+        ModelLoadError, match=r"no safetensors file has a tensor q_proj\.weight, but q_proj\.qweight"
+    ):
+        SafetensorsSource(tmp_path).shape("q_proj.weight")
+
+
+@pytest.mark.parametrize(
+    ("layers", "head", "vision"),
+    [
+        ("language_model.model.", "language_model.lm_head.", "vision_tower."),
+        ("model.language_model.", "lm_head.", "model.vision_tower."),
+    ],
+)
+def test_only_the_language_model_of_a_multimodal_checkpoint(
+    tmp_path: Path, layers: str, head: str, vision: str
+) -> None:
+    names = [f"{layers}norm.weight", f"{head}weight", f"{vision}blocks.0.weight", f"{vision}norm.weight"]
+    save_file(
+        {name: torch.full((1,), float(i)) for i, name in enumerate(names)}, tmp_path / "model.safetensors"
+    )
+    source = SafetensorsSource(tmp_path)
+    assert sorted(source.names()) == ["lm_head.weight", "model.norm.weight"]
+    assert [source.load(name).item() for name in ("model.norm.weight", "lm_head.weight")] == [0.0, 1.0]
+
+
+def test_every_truncation_of_a_shard_is_an_error(tmp_path: Path) -> None:
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    data = (tmp_path / "model.safetensors").read_bytes()
+    for size in range(len(data)):
+        (tmp_path / "model.safetensors").write_bytes(data[:size])
+        with pytest.raises(ModelLoadError, match=r"model\.safetensors: damaged or truncated"):
+            SafetensorsSource(tmp_path)
+
+
 def test_threads_may_load_at_once(tmp_path: Path) -> None:
     write_shards(tmp_path)
     source = SafetensorsSource(tmp_path)
