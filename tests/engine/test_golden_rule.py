@@ -12,7 +12,7 @@ from lightllm.attention.registry import load_backend
 from lightllm.device.kv_pool import KVPool
 from lightllm.layers.ops import Ops
 from lightllm.model_config import ModelConfig
-from lightllm.models import load_model
+from lightllm.models import load_model, tensor_shapes
 from lightllm.sampling_params import SamplingParams
 from lightllm.weights.dummy import DummySource
 from tests.engine.harness import LocalEngine
@@ -61,7 +61,7 @@ VARIANTS = {
 @pytest.fixture(scope="module")
 def model():
     backend = load_backend("torch")
-    source = DummySource(CONFIG, seed=3)
+    source = DummySource(tensor_shapes(CONFIG), CONFIG.dtype, seed=3)
     built = load_model(
         CONFIG,
         source,
