@@ -105,10 +105,12 @@ class Model(ABC):
 
     Attributes:
         checkpoints: well-known models of this architecture, for docs/models.md.
+        options: the config's fields that it obeys, of those that not every architecture knows.
         num_bytes: memory that the weights take.
     """
 
     checkpoints: ClassVar[str]
+    options: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(
         self, config: ModelConfig, weights: Weights, backend: AttentionBackend, ops: Ops, max_len: int
