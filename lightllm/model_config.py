@@ -54,6 +54,7 @@ _HF_DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "sliding_window_pattern": 6,
             "vocab_size": 262208,
         },
+        "GlmForCausalLM": {"attention_bias": True, "partial_rotary_factor": 0.5},
         "Glm4ForCausalLM": {"attention_bias": True, "partial_rotary_factor": 0.5},
     }
 )
@@ -114,6 +115,23 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         """Leading elements of a head that are rotated."""
         # The share may be a quotient: 49 * (1 / 49) is a little less than 1.
         return int(self.head_dim * self.partial_rotary_factor + 1e-9)
+
+    @property
+    def max_context_len(self) -> int:
+        """Tokens a sequence may have: `max_position_embeddings`, or what rotary scaling stretches it to.
+
+        Raises:
+            ModelLoadError: `rope_scaling` lacks a value.
+        """
+        keys = Keys(self.rope_scaling or {}, "config.json: rope_scaling")
+        kind, trained = keys.text("rope_type", "default"), self.max_position_embeddings
+        # Gemma 3 states the stretched length; others with these two types the trained one.
+        if kind in ("linear", "dynamic") and self.architecture != "Gemma3ForCausalLM":
+            return max(trained, int(trained * keys.number("factor")))
+        if kind == "yarn":
+            original = keys.positive("original_max_position_embeddings", trained)
+            return max(trained, int(original * keys.number("factor", 1.0)))
+        return trained
 
     @property
     def attention_scale(self) -> float:

@@ -241,7 +241,7 @@ RULES: tuple[Callable[[_Case], None], ...] = (_check_shape, _check_model, _check
 def _max_req_total_len(case: _Case) -> int:
     limits = [case.config.engine.max_req_total_len, case.config.engine.max_total_token_num]
     if case.model_config is not None:
-        limits.append(case.model_config.max_position_embeddings)
+        limits.append(case.model_config.max_context_len)
     return min(limit for limit in limits if limit is not None)
 
 

@@ -130,6 +130,30 @@ def test_head_dim_is_required_where_heads_do_not_divide() -> None:
     assert ModelConfig.from_hf({**LLAMA, "num_attention_heads": 5, "head_dim": 32}).head_dim == 32
 
 
+@pytest.mark.parametrize(
+    ("scaling", "expected"),
+    [
+        (None, 1),
+        ({"rope_type": "linear", "factor": 4.0}, 4),
+        ({"rope_type": "dynamic", "factor": 2.5}, 2.5),
+        ({"rope_type": "yarn", "factor": 4.0}, 4),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}, 1),
+        ({"rope_type": "llama3", "factor": 8.0}, 1),
+        ({"rope_type": "longrope", "factor": 32.0}, 1),
+    ],
+)
+def test_context_that_scaling_reaches(scaling: dict[str, Any] | None, expected: float) -> None:
+    config = ModelConfig.from_hf({**LLAMA, "max_position_embeddings": 2048, "rope_scaling": scaling})
+    assert config.max_context_len == expected * 2048
+    with pytest.raises(ModelLoadError, match="rope_scaling: key 'factor' is missing"):
+        _ = ModelConfig.from_hf({**LLAMA, "rope_scaling": {"rope_type": "linear"}}).max_context_len
+
+
+def test_gemma_3_states_the_context_that_scaling_reaches() -> None:
+    keys = {"architectures": ["Gemma3ForCausalLM"], "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    assert ModelConfig.from_hf({**LLAMA, **keys, "max_position_embeddings": 131072}).max_context_len == 131072
+
+
 # ---------------------------------------------------------------- families, as transformers understands them
 
 GEMMA3_4B = {

@@ -1,5 +1,6 @@
 """`resolve` on machines and models that need not exist."""
 
+import msgspec
 import pytest
 
 from lightllm.cli import parse
@@ -66,6 +67,9 @@ def test_length_is_cut_to_the_model_and_to_the_pool():
     explicit = run("--max_req_total_len 10000")
     assert explicit.config.engine.max_req_total_len == 8192
     assert explicit.warnings == ["--max_req_total_len 10000: cut to 8192, the model's context"]
+    scaled = msgspec.structs.replace(MODEL, rope_scaling={"rope_type": "dynamic", "factor": 1.5})
+    assert run("--max_req_total_len 10000", model=scaled).config.engine.max_req_total_len == 10000
+    assert run("--max_req_total_len 20000", model=scaled).config.engine.max_req_total_len == 12288
     pool = run("--max_req_total_len 8000 --max_total_token_num 600")
     assert pool.config.engine.max_req_total_len == 600
     assert pool.config.engine.running_max_req_size == 600

@@ -132,7 +132,10 @@ def _linear(config: ModelConfig, keys: Keys, max_len: int) -> RotaryEmbedding:
 
 
 def _dynamic(config: ModelConfig, keys: Keys, max_len: int) -> RotaryEmbedding:
-    """See DynamicRotaryEmbedding."""
+    """A base that grows with the position, from the end of the trained context on.
+
+    See DynamicRotaryEmbedding.
+    """
     return DynamicRotaryEmbedding(
         config.rope_theta, config.rotary_dim, keys.number("factor"), config.max_position_embeddings
     )
@@ -154,7 +157,7 @@ def _llama3(config: ModelConfig, keys: Keys, max_len: int) -> RotaryEmbedding:
 
 
 def _yarn(config: ModelConfig, keys: Keys, max_len: int) -> RotaryEmbedding:
-    """The same with a ramp over dimensions instead of turns, and larger scores. https://arxiv.org/abs/2309.00071
+    """As llama3 with a ramp over dimensions instead of turns, and larger scores. https://arxiv.org/abs/2309.00071
 
     The ramp lies between the dimensions that make `beta_fast` and `beta_slow` turns in the original context.
     """

@@ -50,6 +50,17 @@ def model_class(architecture: str) -> type[Model]:
     return cast(type[Model], getattr(importlib.import_module(module), name))
 
 
+def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Return the name and shape of every checkpoint tensor of a model with this config.
+
+    Raises:
+        ModelLoadError: unknown architecture, or a config that it does not support.
+    """
+    cls = model_class(config.architecture)
+    cls.check(config)
+    return cls.weight_specs(config).tensor_shapes()
+
+
 def load_model(
     config: ModelConfig,
     source: WeightSource,
@@ -86,4 +97,4 @@ def load_model(
     )
     if unused := unused_names(specs, source):
         logger.warning("%d tensors are not used, among them %s", len(unused), ", ".join(unused[:3]))
-    return cls(config, weights, backend, ops, max_len or config.max_position_embeddings)
+    return cls(config, weights, backend, ops, max_len or config.max_context_len)

@@ -68,6 +68,16 @@ class WeightSpecs:
     linears: Mapping[str, LinearSpec]
     vectors: Mapping[str, VectorSpec]
 
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the name and shape of every tensor of the checkpoint."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for linear in self.linears.values():
+            for part, rows in linear.parts.items():
+                shapes[f"{part}.weight"] = (rows, linear.in_features)
+                if linear.has_bias:
+                    shapes[f"{part}.bias"] = (rows,)
+        return shapes | {vector.name: (vector.size,) for vector in self.vectors.values()}
+
 
 @dataclass(frozen=True, slots=True)
 class Weights:
@@ -95,10 +105,12 @@ class Model(ABC):
 
     Attributes:
         checkpoints: well-known models of this architecture, for docs/models.md.
+        options: the config's fields that it obeys, of those that not every architecture knows.
         num_bytes: memory that the weights take.
     """
 
     checkpoints: ClassVar[str]
+    options: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(
         self, config: ModelConfig, weights: Weights, backend: AttentionBackend, ops: Ops, max_len: int

@@ -97,13 +97,11 @@ class Decoder(Model):
     """Embedding, layers, norm, head.
 
     Attributes:
-        options: the keys of OPTIONS that the architecture obeys.
         layer_class: what its layers compute.
         norm_offset: added to the weights of all norms.
         embed_name, norm_name, head_name: checkpoint names of what stands outside the layers.
     """
 
-    options: ClassVar[frozenset[str]] = frozenset()
     layer_class: ClassVar[type[DecoderLayer]] = DecoderLayer
     norm_offset: ClassVar[float] = 0.0
     embed_name: ClassVar[str] = "model.embed_tokens"
@@ -139,7 +137,7 @@ class Decoder(Model):
     @classmethod
     def check(cls, config: ModelConfig) -> None:
         check_activation(config.hidden_act)
-        rotary_embedding(config, config.max_position_embeddings)  # refuses what is not built
+        rotary_embedding(config, config.max_context_len)  # refuses what is not built
         for option, unused in OPTIONS.items():
             value = getattr(config, option)
             if option not in cls.options and value != unused:

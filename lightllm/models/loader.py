@@ -63,15 +63,8 @@ def load_weights(
 
 def unused_names(specs: WeightSpecs, source: WeightSource) -> list[str]:
     """Return the names in the source that no spec asks for."""
-    linears = [
-        f"{part}.{kind}" for spec in specs.linears.values() for part in spec.parts for kind in _kinds(spec)
-    ]
-    used = {*linears, *(spec.name for spec in specs.vectors.values())}
+    used = specs.tensor_shapes()
     return [name for name in source.names() if name not in used]
-
-
-def _kinds(spec: LinearSpec) -> tuple[str, ...]:
-    return ("weight", "bias") if spec.has_bias else ("weight",)
 
 
 class _Loader:

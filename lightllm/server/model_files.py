@@ -287,11 +287,17 @@ def open_weights(description: ModelDescription) -> "WeightSource":
     """The model's weights, or random ones with --load_format dummy. Imports torch.
 
     Raises:
-        ModelLoadError: the files are missing or damaged, or not of the format asked for.
+        ModelLoadError: the files are missing or damaged, or not of the format asked for; or the model is one
+            that is not supported.
     """
+    if description.load_format == "dummy":
+        from lightllm.models import tensor_shapes
+        from lightllm.weights.dummy import DummySource
+
+        return DummySource(tensor_shapes(description.config), description.config.dtype)
     from lightllm.weights.sources import open_weights as open_source
 
-    return open_source(description.files.path, description.config, description.load_format)
+    return open_source(description.files.path, description.load_format)
 
 
 def load_tokenizer(config: Config) -> "Tokenizer":

@@ -55,6 +55,11 @@ _FAMILIES: Mapping[str, _Family] = MappingProxyType(
 )
 
 
+def gguf_architectures() -> dict[str, str]:
+    """Return `general.architecture` -> HF architecture, for every kind of file that can be read."""
+    return {name: family.architecture for name, family in _FAMILIES.items()}
+
+
 def gguf_model_config(
     metadata: Mapping[str, Any],
     tensors: Collection[str] = (),

@@ -77,6 +77,7 @@ class Worker:
         backend, reason = select_backend(config.engine.attention_backend, model_config, dtype, library)
         logger.info("attention backend %s: %s", backend.name, reason)
         free = cpu.free_memory_bytes()
+        max_len = min(config.engine.max_req_total_len, model_config.max_context_len)
         model = load_model(
             model_config,
             source,
@@ -85,6 +86,7 @@ class Worker:
             ops=ops,
             num_threads=config.environment.loadworker,
             progress=lambda done, total: progress("loading weights", done, total),
+            max_len=max_len,
             packed=library is not None and config.model.dtype == "auto",
         )
         cpu.keep_freed_memory()
@@ -94,7 +96,7 @@ class Worker:
         num_slots = _num_slots(config, model_config, dtype, free - model.num_bytes - WORKSPACE_BYTES)
         pool = KVPool(model_config, num_slots + 1, dtype)  # slot 0 is the padding dummy
         logger.info("memory: %s", MemoryLedger(free, model.num_bytes, pool.num_bytes, logits))
-        max_len = min(config.engine.max_req_total_len, model_config.max_position_embeddings, num_slots)
+        max_len = min(max_len, num_slots)
         tables = RowTables(config.engine.running_max_req_size, max_len)
         info = EngineInfo(
             device="cpu",

@@ -62,6 +62,7 @@ LAZY: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "engine.executor": (
             "worker",
         ),  # the in-process executor starts its worker; the engine stays torch-free
+        "models.document": ("weights.gguf_config",),  # the page names the kinds of GGUF files
     }
 )
 

@@ -13,7 +13,7 @@ from lightllm.device.kv_pool import KVPool
 from lightllm.layers.native_ops import NativeOps
 from lightllm.layers.ops import Ops
 from lightllm.model_config import ModelConfig
-from lightllm.models import load_model
+from lightllm.models import load_model, tensor_shapes
 from lightllm.sampling_params import SamplingParams
 from lightllm.weights.dummy import DummySource
 from tests.engine.harness import LocalEngine
@@ -64,7 +64,7 @@ VARIANTS = {
 def model(request):
     library = library_or_skip() if request.param == "native" else None
     backend = load_backend(request.param, library)
-    source = DummySource(CONFIG, seed=3)
+    source = DummySource(tensor_shapes(CONFIG), CONFIG.dtype, seed=3)
     built = load_model(
         CONFIG,
         source,

@@ -38,7 +38,7 @@ PROMPTS = [
 def parts():
     files = locate_model()
     description = describe_files(files, {})
-    return description.config, open_weights(files.path, description.config), open_tokenizer(files)
+    return description.config, open_weights(files.path), open_tokenizer(files)
 
 
 @pytest.fixture(scope="module")

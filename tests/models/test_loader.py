@@ -11,7 +11,8 @@ from lightllm.attention.registry import load_backend
 from lightllm.errors import ModelLoadError
 from lightllm.layers.linear import DenseLinear, PackedLinear
 from lightllm.layers.ops import Ops
-from lightllm.models import load_model
+from lightllm.models import ARCHITECTURES, load_model, model_class
+from lightllm.models.decoder import Decoder
 from lightllm.models.llama import LlamaForCausalLM
 from lightllm.weights.base import PackedTensor
 from tests.models.tiny import Sequences, StateSource, config_of, load, make_oracle, source_of
@@ -19,12 +20,12 @@ from tests.models.tiny import Sequences, StateSource, config_of, load, make_orac
 NAME = "LlamaForCausalLM"
 
 
-def packed_source() -> StateSource:
-    """The tiny model with all linears quantised by rounding to Q8_0, except v in Q4_1."""
-    source = source_of(make_oracle(NAME, tie_word_embeddings=True))
+def packed_source(architecture: str) -> StateSource:
+    """The tiny model with all linears quantised by rounding to Q8_0, except v and down in Q4_1."""
+    source = source_of(make_oracle(architecture, tie_word_embeddings=True))
     for name, tensor in source.tensors.items():
         if tensor.dim() == 2:
-            source.tensors[name] = pack(tensor, "Q4_1" if "v_proj" in name else "Q8_0")
+            source.tensors[name] = pack(tensor, "Q4_1" if "v_proj" in name or "down" in name else "Q8_0")
     return source
 
 
@@ -45,19 +46,49 @@ def pack(tensor: torch.Tensor, kind: str) -> PackedTensor:
     return PackedTensor(kind, data.reshape(rows, -1), (rows, columns))
 
 
-def test_packed_and_unpacked_agree() -> None:
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_packed_and_unpacked_agree(architecture: str) -> None:
+    config = config_of(make_oracle(architecture, tie_word_embeddings=True))
+    source = packed_source(architecture)
+    dense, packed = load(config, source), load(config, source, packed=True)
+    assert packed.num_bytes < 0.4 * dense.num_bytes
+    prompt = [list(range(3, 60))]
+    expected = Sequences(dense, prompt).step({0: 57})[0]
+    got = Sequences(packed, prompt).step({0: 57})[0]
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_packed_parts_stay_as_they_are() -> None:
     config = config_of(make_oracle(NAME, tie_word_embeddings=True))
-    dense, packed = load(config, packed_source()), load(config, packed_source(), packed=True)
+    dense, packed = load(config, packed_source(NAME)), load(config, packed_source(NAME), packed=True)
     assert isinstance(dense, LlamaForCausalLM)
     assert isinstance(packed, LlamaForCausalLM)
     assert isinstance(dense.layers[0].attention.qkv, DenseLinear)
     assert isinstance(packed.layers[0].attention.qkv, PackedLinear)
     assert [part.type for part in packed.layers[0].attention.qkv.parts] == ["Q8_0", "Q4_1"]
-    assert packed.num_bytes < 0.3 * dense.num_bytes
-    prompt = [list(range(3, 60))]
-    expected = Sequences(dense, prompt).step({0: 57})[0]
-    got = Sequences(packed, prompt).step({0: 57})[0]
-    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_are_put_in_order_packed_or_not() -> None:
+    """InternLM2 and GLM-4 keep rows in an order of their own."""
+    for name in ("InternLM2ForCausalLM", "Glm4ForCausalLM"):
+        source = packed_source(name)
+        config = config_of(make_oracle(name, tie_word_embeddings=True))
+        part, rows = next(iter(model_class(name).weight_specs(config).linears["0.qkv"].row_orders.items()))
+        stored = source.tensors[f"{part}.weight"].dequantize()
+        qkv = [load(config, source, packed=packed).layers[0].attention.qkv for packed in (False, True)]
+        indices = torch.arange(len(rows))
+        assert torch.equal(qkv[0].rows(indices), stored[rows])
+        assert torch.equal(qkv[1].parts[0].dequantize()[: len(rows)], stored[rows])
+
+
+def test_an_offset_keeps_small_weights_whole() -> None:
+    name = "Gemma2ForCausalLM"
+    oracle = make_oracle(name)
+    source = source_of(oracle)
+    source.tensors["model.norm.weight"] = torch.full((96,), 0.001953125).bfloat16()
+    model = load(config_of(oracle), source, dtype=torch.bfloat16)
+    assert isinstance(model, Decoder)
+    assert (model.norm.weight == 1.001953125).all()
 
 
 def test_tied_head_shares_the_embedding() -> None:

@@ -1,5 +1,7 @@
 """Dummy weights: the right names for each architecture, and the same values every time."""
 
+from typing import Any
+
 import msgspec
 import pytest
 import torch
@@ -7,6 +9,7 @@ import transformers
 
 from lightllm.errors import ModelLoadError
 from lightllm.model_config import ModelConfig
+from lightllm.models import ARCHITECTURES, tensor_shapes
 from lightllm.weights.dummy import DummySource
 
 CONFIG = ModelConfig(
@@ -23,43 +26,47 @@ CONFIG = ModelConfig(
 )
 
 
-@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3"])
+def source(seed: int = 0, **changes: Any) -> DummySource:
+    config = msgspec.structs.replace(CONFIG, **changes)
+    return DummySource(tensor_shapes(config), config.dtype, seed)
+
+
+@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if hasattr(transformers, name)])
 @pytest.mark.parametrize("is_tied", [False, True])
-def test_names_and_shapes_are_those_of_transformers(family: str, is_tied: bool) -> None:
-    architecture = f"{family}ForCausalLM"
-    config = msgspec.structs.replace(CONFIG, architecture=architecture, tie_word_embeddings=is_tied)
+def test_names_and_shapes_are_those_of_transformers(architecture: str, is_tied: bool) -> None:
     model_class = getattr(transformers, architecture)
-    keys = {name: getattr(config, name) for name in ModelConfig.__struct_fields__[1:10]}
+    keys = {name: getattr(CONFIG, name) for name in ModelConfig.__struct_fields__[1:10]}
     with torch.device("meta"):
-        model = model_class(model_class.config_class(**keys, tie_word_embeddings=is_tied))
+        model = model_class(model_class.config_class(**keys, tie_word_embeddings=is_tied, pad_token_id=0))
+    config = ModelConfig.from_hf({**model.config.to_dict(), "architectures": [architecture]})
     expected = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
-    source = DummySource(config)
-    assert {name: source.shape(name) for name in source.names()} == expected
+    assert tensor_shapes(config) == expected
+    made = DummySource(tensor_shapes(config), "float32")
+    assert {name: made.shape(name) for name in made.names()} == expected
 
 
 def test_biases_follow_the_config() -> None:
-    config = msgspec.structs.replace(CONFIG, attention_bias=True, mlp_bias=True)
-    biases = [name for name in DummySource(config).names() if name.endswith("bias")]
+    biases = [name for name in source(attention_bias=True, mlp_bias=True).names() if name.endswith("bias")]
     assert len(biases) == 2 * 7
 
 
 def test_values_depend_on_seed_and_name_alone() -> None:
     name = "model.layers.1.mlp.up_proj.weight"
-    first = DummySource(CONFIG).load(name)
-    assert torch.equal(first, DummySource(CONFIG).load(name))
-    assert not torch.equal(first, DummySource(CONFIG, seed=1).load(name))
-    assert not torch.equal(first, DummySource(CONFIG).load("model.layers.0.mlp.up_proj.weight"))
+    first = source().load(name)
+    assert torch.equal(first, source().load(name))
+    assert not torch.equal(first, source(seed=1).load(name))
+    assert not torch.equal(first, source().load("model.layers.0.mlp.up_proj.weight"))
     assert first.std().item() == pytest.approx(0.02, rel=0.05)
 
 
 def test_norms_are_one_and_dtype_is_the_config_s() -> None:
-    source = DummySource(msgspec.structs.replace(CONFIG, dtype="bfloat16"))
-    assert torch.equal(source.load("model.norm.weight"), torch.ones(64, dtype=torch.bfloat16))
-    assert source.load("lm_head.weight").dtype == torch.bfloat16
+    made = source(dtype="bfloat16")
+    assert torch.equal(made.load("model.norm.weight"), torch.ones(64, dtype=torch.bfloat16))
+    assert made.load("lm_head.weight").dtype == torch.bfloat16
 
 
 def test_unknown_architectures_and_names_are_refused() -> None:
-    with pytest.raises(ModelLoadError, match="got architecture MambaForCausalLM"):
-        DummySource(msgspec.structs.replace(CONFIG, architecture="MambaForCausalLM"))
+    with pytest.raises(ModelLoadError, match="architecture MambaForCausalLM is not supported"):
+        source(architecture="MambaForCausalLM")
     with pytest.raises(ModelLoadError, match="no tensor ghost"):
-        DummySource(CONFIG).load("ghost")
+        source().load("ghost")
