@@ -10,7 +10,6 @@ the clients saw; with a --step_ms too short for the frontend it is the most that
 """
 
 import argparse
-import asyncio
 import json
 import os
 import socket
@@ -19,12 +18,13 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from machine import describe_run
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+POLL_S = 0.01
 ROUTES = {
     "generate_stream": ("/generate_stream", {"inputs": "hi", "parameters": {"ignore_eos": True}}),
     "completions": ("/v1/completions", {"prompt": "hi", "stream": True, "ignore_eos": True}),
@@ -148,29 +148,12 @@ def run_frontend(folder: str, port_fd: int) -> None:
     print(json.dumps({"cpu_s": time.process_time() - cpu_s[0], "tokens": metrics.generated_tokens}))
 
 
-class Reader(asyncio.Protocol):
-    """Sends one request, counts what comes back, and is done at the last chunk."""
+def run_clients(port: int, streams: int, tokens: int, route: str) -> dict[str, Any]:
+    """Open all streams and read them to their ends.
 
-    def __init__(self, request: bytes, done: asyncio.Future[None]) -> None:
-        self.request = request
-        self.done = done
-        self.num_bytes = 0
-        self.num_frames = 0
-        self.tail = b""
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        cast(asyncio.Transport, transport).write(self.request)  # uvloop's is one without being a subclass
-
-    def data_received(self, data: bytes) -> None:
-        self.num_bytes += len(data)
-        self.num_frames += data.count(b"\n\n")
-        self.tail = (self.tail + data)[-16:]
-        if self.tail.endswith(b"0\r\n\r\n") and not self.done.done():
-            self.done.set_result(None)
-
-
-async def run_clients(port: int, streams: int, tokens: int, route: str) -> dict[str, Any]:
-    """Open all streams and read them to their ends."""
+    Reads what has come every few milliseconds: a client of its own on this machine would have the frontend's
+    core wake it up for every token, which clients behind a network do not.
+    """
     path, body = ROUTES[route]
     fields = {**body, "max_tokens": tokens}
     if "parameters" in body:
@@ -178,22 +161,32 @@ async def run_clients(port: int, streams: int, tokens: int, route: str) -> dict[
     data = json.dumps(fields).encode()
     fields = ("host: x", "content-type: application/json", f"content-length: {len(data)}")
     head = "\r\n".join((f"POST {path} HTTP/1.1", *fields, "", ""))
-    loop = asyncio.get_running_loop()
-    readers = [Reader(head.encode() + data, loop.create_future()) for _ in range(streams)]
-    for reader in readers:
-        await loop.create_connection(lambda reader=reader: reader, "127.0.0.1", port)
-    await asyncio.gather(*(reader.done for reader in readers))
-    return {
-        "end_s": time.monotonic(),
-        "bytes": sum(reader.num_bytes for reader in readers),
-        "frames": sum(reader.num_frames for reader in readers),
-    }
+    clients = [socket.create_connection(("127.0.0.1", port)) for _ in range(streams)]
+    for client in clients:
+        client.sendall(head.encode() + data)
+        client.setblocking(False)
+    tails = dict.fromkeys(clients, b"")
+    num_bytes = num_frames = 0
+    while tails:
+        time.sleep(POLL_S)
+        for client, tail in list(tails.items()):
+            try:
+                data = client.recv(1 << 20)
+            except BlockingIOError:
+                continue
+            num_bytes += len(data)
+            num_frames += data.count(b"\n\n")
+            tails[client] = (tail + data)[-5:]
+            if tails[client] == b"0\r\n\r\n":
+                del tails[client]
+                client.close()
+            elif not data:
+                raise SystemExit("the frontend cut a stream off")
+    return {"end_s": time.monotonic(), "bytes": num_bytes, "frames": num_frames}
 
 
 def measure(streams: int, tokens: int, step_ms: float, route: str, core: int) -> dict[str, Any]:
     """One run of all three processes, the frontend on this core."""
-    import uvloop
-
     me = [sys.executable, str(Path(__file__).resolve())]
     with tempfile.TemporaryDirectory() as folder:
         listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
@@ -215,7 +208,7 @@ def measure(streams: int, tokens: int, step_ms: float, route: str, core: int) ->
             stdout=subprocess.PIPE,
         )
         os.sched_setaffinity(frontend.pid, {core})  # before it has any thread
-        client = uvloop.run(run_clients(listener.getsockname()[1], streams, tokens, route))
+        client = run_clients(listener.getsockname()[1], streams, tokens, route)
         output, _ = frontend.communicate(timeout=30)
         engine.kill()
         started, _ = engine.communicate()

@@ -156,6 +156,7 @@ class Driver:
         self.worker = FakeWorker(self.config)
         self.max_lag = max_lag
         self.now_s = 1000.0
+        self.num_steps = 0
         self.batches: list[ScheduledBatch] = []
         self.pending: deque[StepOutput] = deque()
         self.requests: dict[str, EngineRequest] = {}
@@ -177,6 +178,7 @@ class Driver:
 
     def step(self) -> None:
         """One turn of the engine's loop."""
+        self.num_steps += 1
         self.now_s += 0.01
         self._take(self.scheduler.expire(self.now_s))
         batch = self.scheduler.schedule(self.now_s)

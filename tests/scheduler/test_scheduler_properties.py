@@ -18,7 +18,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         budget=st.integers(1, 30),
         max_running=st.integers(1, 8),
         max_queued=st.sampled_from([0, 3, 100]),
-        max_lag=st.sampled_from([0, 1, 1, 1, 3]),
+        max_lag=st.sampled_from([0, 1, 1, 2, 3]),
         policy=st.sampled_from(["fcfs", "shortest_prefill"]),
         is_caching=st.sampled_from([True, True, True, False]),
         is_chunking=st.sampled_from([True, True, True, False]),
