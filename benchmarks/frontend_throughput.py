@@ -74,7 +74,9 @@ def run_engine(folder: str, streams: int, tokens: int, step_s: float) -> None:
             )
             for request in requests
         ]
-        stats = EngineStats(requests_running=streams, step_phase="decode", step_duration_s=step_s)
+        stats = EngineStats(
+            requests_running=streams, steps_total=step + 1, step_phase="decode", step_duration_s=step_s
+        )
         outbox.send(messages.encode(EngineOutput(outputs=outputs, stats=stats)))
         next_s += step_s
         time.sleep(max(0.0, next_s - time.monotonic()))
