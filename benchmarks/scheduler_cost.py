@@ -1,6 +1,6 @@
 """What a step costs in the scheduler alone: no model, no sockets.
 
-    python benchmarks/scheduler_cost.py [--repeat 30] [--out benchmarks/results/scheduler_cost.json]
+    python benchmarks/scheduler_cost.py [--repeat 30] [--out FILE.json] [--plot FILE.svg]
 
 Prints one JSON object, all times in ms: schedule() and update() by number of running decode requests, with an
 unused and with a full KV pool (slots must be evicted first); the radix match of a 32k-token prompt by size of
@@ -10,8 +10,6 @@ least.
 
 import argparse
 import json
-import os
-import platform
 import random
 import statistics
 import sys
@@ -20,40 +18,66 @@ from array import array
 from collections.abc import Callable
 from pathlib import Path
 
+from machine import describe_run
+from svg_plot import Panel, write_svg
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from lightllm.messages import EngineRequest, ScheduledBatch, StepOutput
 from lightllm.sampling_params import SamplingParams
 from lightllm.scheduler.radix_tree import RadixTree
 from lightllm.scheduler.scheduler import Scheduler, SchedulerConfig
+from lightllm.server.child import settle_memory
 
 PROMPT_TOKENS = 64
 MATCH_TOKENS = 32_768
+REQUESTS = (1, 4, 16, 64, 256, 512, 1024, 2048, 4096)
+TREE_TOKENS = (1_000, 3_000, 10_000, 30_000, 100_000, 300_000, 1_000_000)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--repeat", type=int, default=30)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
+    settle_memory()  # as the engine process does
     report = {
-        "command": " ".join(["python", *sys.argv]),
-        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version()},
-        "step_ms": [step_cost(n, args.repeat) for n in (1, 16, 64, 256, 1024, 2048, 4096)],
-        "radix_match_32k_ms": [match_cost(n, args.repeat) for n in (1_000, 10_000, 100_000, 1_000_000)],
+        **describe_run(),
+        "step_ms": [step_cost(n, args.repeat) for n in REQUESTS],
+        "radix_match_32k_ms": [match_cost(n, args.repeat) for n in TREE_TOKENS],
         "add_ms": [add_cost(n) for n in (256, 4096)],
     }
     text = json.dumps(report, indent=1)
     print(text)
     if args.out:
         args.out.write_text(text + "\n", "utf-8")
+    if args.plot:
+        plot(args.plot, report)
 
 
-def cpu_name() -> str:
-    """Model name of the processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
+def plot(path: Path, report: dict[str, object]) -> None:
+    """Draw the growth curves, from the best runs."""
+    steps, matches = report["step_ms"], report["radix_match_32k_ms"]
+    by_pool = {
+        name.replace("_", " "): [(step["num_running"], step[name]["both_best"]) for step in steps]
+        for name in ("pool_unused", "pool_full")
+    }
+    by_size = {"match": [(match["tree_tokens"] - MATCH_TOKENS, match["best"]) for match in matches]}
+    write_svg(
+        path,
+        [
+            Panel("schedule() + update()", "running requests", "ms", by_pool, is_log=True, limit=("2 ms", 2)),
+            Panel(
+                "radix match of 32,768 tokens",
+                "other tokens in the tree",
+                "ms",
+                by_size,
+                is_log=True,
+                limit=("1 ms", 1),
+            ),
+        ],
+    )
 
 
 def in_ms(duration_s: float) -> float:
@@ -79,17 +103,18 @@ def result(batch: ScheduledBatch) -> StepOutput:
 
 def step_cost(num_running: int, repeat: int) -> dict[str, object]:
     """One overlapped decode step at so many running requests."""
-    num_slots = num_running * (PROMPT_TOKENS + 3 * repeat // 2) + 4 * (PROMPT_TOKENS + repeat)
+    # Room for one load and a little more: what the first load leaves behind is evicted by the second.
+    num_slots = num_running * (PROMPT_TOKENS + repeat + 8) * 5 // 4 + 4 * PROMPT_TOKENS
     config = SchedulerConfig(
         num_slots=num_slots,
         max_running=num_running,
-        batch_max_tokens=8192,
-        chunked_prefill_size=4096,
+        batch_max_tokens=2 * PROMPT_TOKENS * num_running,  # all prompts in one step
+        chunked_prefill_size=2 * PROMPT_TOKENS,
         max_req_total_len=num_slots,
         max_queued_requests=num_running,
     )
     scheduler = Scheduler(config)
-    params = SamplingParams(max_new_tokens=4 * repeat, ignore_eos=True)
+    params = SamplingParams(max_new_tokens=2 * repeat, ignore_eos=True)
     rng = random.Random(1)
 
     def fill(num_requests: int) -> None:

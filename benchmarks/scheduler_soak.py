@@ -1,6 +1,6 @@
 """Hypothesis drives the scheduler for a million steps and more; every step is checked.
 
-    python benchmarks/scheduler_soak.py [--steps 1000000] [--seed 0] [--out benchmarks/results/scheduler_soak.json]
+    python benchmarks/scheduler_soak.py [--steps 1000000] [--seed 0] [--out FILE.json]
 
 The machine is that of tests/scheduler/test_scheduler_properties.py: limits, policies, lags, requests, aborts
 and deadlines are drawn, a fake worker checks the KV that each step relies on, and the scheduler checks slots,
