@@ -19,11 +19,13 @@ from lightllm.model_config import ModelConfig
 class RotaryEmbedding:
     """Angles of a model's positions."""
 
-    def __init__(self, config: ModelConfig, device: torch.device | str = "cpu") -> None:
-        self.frequencies = rotary_frequencies(config).to(device)  # [rotary_dim / 2] float32
+    def __init__(self, config: ModelConfig) -> None:
+        self.frequencies = rotary_frequencies(config)  # [rotary_dim / 2] float32
 
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return cos and sin for `Ops.rotate_`, each [n, rotary_dim / 2] float32, of positions [n] int64."""
+        if self.frequencies.device != positions.device:  # moved once: a copy in each step would wait for it
+            self.frequencies = self.frequencies.to(positions.device)
         angles = positions[:, None].float() * self.frequencies
         return angles.cos(), angles.sin()
 
