@@ -1,6 +1,7 @@
 """The CPU as a device: facts about it, and the process-wide settings that computing on it needs.
 
-Owns the choice of compute dtype on a CPU. Knows nothing of models beyond the name of their dtype. Runs in the worker.
+Owns the choice of compute dtype on a CPU. Knows nothing of models beyond the name of their dtype. Runs in the
+worker.
 """
 
 import ctypes

@@ -1,4 +1,6 @@
-"""One new token per sequence attends to its KV in the token-granular pool. Plain version: ref.paged_attention.
+"""One new token per sequence attends to its KV in the token-granular pool.
+
+Plain version: ref.paged_attention.
 
 The query heads that share a KV head are computed together, as the rows of one small matrix product, so that
 keys and values are read once. A sequence is cut into `num_splits` ranges of keys computed by different
@@ -16,7 +18,7 @@ BLOCK_N = 64
 
 
 @triton.jit
-def soft_cap(scores, cap):
+def soft_cap(scores, cap):  # noqa: ANN201
     """cap * tanh(scores / cap)."""
     return cap * (2.0 * tl.sigmoid(2.0 * scores / cap) - 1.0)
 

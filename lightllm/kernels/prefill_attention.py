@@ -1,8 +1,8 @@
 """Several new tokens per sequence attend to their KV in the token-granular pool. Plain: ref.paged_attention.
 
-FlashAttention (https://arxiv.org/abs/2205.14135) over tiles of queries: a tile is BLOCK_M / group tokens of one
-sequence times the `group` query heads that share a KV head, so that keys and values serve all of them. Keys and
-values of the new tokens are in the pool already. Grid: (num_tiles, num_kv_heads).
+FlashAttention (https://arxiv.org/abs/2205.14135) over tiles of queries: a tile is BLOCK_M / group tokens of
+one sequence times the `group` query heads that share a KV head, so that keys and values serve all of them.
+Keys and values of the new tokens are in the pool already. Grid: (num_tiles, num_kv_heads).
 """
 
 import triton
@@ -39,7 +39,7 @@ def _attend(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Fold the keys [start, stop) into the running softmax; with IS_MASKED only those that each row may see."""
+    """Fold the keys [start, stop) into the running softmax; with IS_MASKED only those that a row may see."""
     dims = tl.arange(0, BLOCK_D)
     in_dims = dims < HEAD_DIM
     for block in tl.range(start, stop, BLOCK_N, num_stages=STAGES):

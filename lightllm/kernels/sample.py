@@ -1,10 +1,12 @@
-"""Draw one token per row under temperature, top_k, top_p and min_p, without sorting. Plain: ref.sample_tokens.
+"""Draw one token per row under temperature, top_k, top_p and min_p, without sorting.
+
+Plain version: ref.sample_tokens.
 
 In the order of falling probability each filter keeps a prefix, so all of them keep the shortest one, and the
 drawn token is where the cumulative weight passes noise * (weight kept). Both the ends of prefixes and that
 place are found by bisection over the bit patterns of the weights exp((logit - max) / temperature), which as
-positive floats have the order of integers: 30 passes over a row that lies in the cache. Equal weights have the
-order of their ids. Rows without a filter are inverted in the order of ids, in two passes.
+positive floats have the order of integers: 30 passes over a row that lies in the cache. Equal weights have
+the order of their ids. Rows without a filter are inverted in the order of ids, in two passes.
 One program per row.
 """
 
