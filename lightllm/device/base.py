@@ -73,8 +73,16 @@ class Device(ABC):
         """Set up the calling thread after loading; returns what was set, in words for the log."""
 
     @abstractmethod
-    def upload(self, array: np.ndarray) -> Tensor:
-        """Make a tensor of an array there, in order with the work before and after; never waits for it."""
+    def upload(self, array: np.ndarray, into: Tensor | None = None) -> Tensor:
+        """Copy an array there, in order with the work before and after; never waits for it.
+
+        Args:
+            array: not to be changed afterwards, where calls are done at once.
+            into: a tensor of the same shape and dtype; a new one when left out.
+
+        Returns:
+            The tensor.
+        """
 
     @abstractmethod
     def download(self, *tensors: Tensor) -> Download:

@@ -85,8 +85,12 @@ class CudaDevice(Device):
         torch.cuda.empty_cache()
         return self.label
 
-    def upload(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).pin_memory().to(self.torch_device, non_blocking=True)
+    def upload(self, array: np.ndarray, into: Tensor | None = None) -> Tensor:
+        # torch's allocator of pinned memory keeps the block until the copy is done.
+        pinned = torch.from_numpy(array).pin_memory()
+        if into is None:
+            return pinned.to(self.torch_device, non_blocking=True)
+        return into.copy_(pinned, non_blocking=True)
 
     def download(self, *tensors: Tensor) -> Download:
         return CudaDownload(tensors)

@@ -153,8 +153,9 @@ class CpuDevice(Device):
         keep_freed_memory()
         return f"{set_threads(num_threads)} threads"
 
-    def upload(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array)
+    def upload(self, array: np.ndarray, into: Tensor | None = None) -> Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor if into is None else into.copy_(tensor)
 
     def download(self, *tensors: Tensor) -> Download:
         return Fetched(tensors)

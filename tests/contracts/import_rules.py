@@ -28,7 +28,16 @@ ALLOWED: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "config_server": (),
         "scheduler": (),
         "engine": ("scheduler",),
-        "worker": ("attention", "device", "distributed", "layers", "models", "transfer", "weights"),
+        "worker": (
+            "attention",
+            "device",
+            "distributed",
+            "kernels",
+            "layers",
+            "models",
+            "transfer",
+            "weights",
+        ),
         "models": (
             "attention.base",
             "device.forward_batch",

@@ -18,7 +18,7 @@ from lightllm.messages import (
 from lightllm.sampling_params import SamplingParams
 from lightllm.scheduler.scheduler import Scheduler, SchedulerConfig
 from lightllm.worker.inputs import RowTables
-from lightllm.worker.model_runner import ModelRunner
+from lightllm.worker.model_runner import LaunchedStep, ModelRunner, Runner
 
 
 class MemoryLink:
@@ -45,12 +45,12 @@ class MemoryLink:
 class RunnerWorker:
     """The part of Worker that the in-process executor calls, around a model made by the test."""
 
-    def __init__(self, runner: ModelRunner, info: EngineInfo) -> None:
+    def __init__(self, runner: Runner, info: EngineInfo) -> None:
         self.runner, self._info = runner, info
 
-    def run(self, batch: ScheduledBatch) -> StepOutput:
-        batch = messages.decode(messages.encode(batch), ScheduledBatch)
-        return messages.decode(messages.encode(self.runner.run(batch)), StepOutput)
+    def launch(self, batch: ScheduledBatch) -> LaunchedStep:
+        step = self.runner.launch(messages.decode(messages.encode(batch), ScheduledBatch))
+        return LaunchedStep(lambda: messages.decode(messages.encode(step.result()), StepOutput))
 
     def info(self) -> EngineInfo:
         return self._info
