@@ -24,7 +24,7 @@ class CudaDownload(Download):
         self._copies = tuple(torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in tensors)
         for copy, tensor in zip(self._copies, tensors, strict=True):
             copy.copy_(tensor, non_blocking=True)
-        self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         self._event.record()
 
     def result(self) -> tuple[np.ndarray, ...]:

@@ -82,7 +82,7 @@ class DecodeGraphs:
         return self._logits[: tensors.size]
 
     def capture_next(self) -> None:
-        """Capture the graph that was missed most often, if one was missed often enough. Call between steps."""
+        """Capture the graph that was missed most often, if one was often enough. Call between steps."""
         size = max(self._uses, key=self._uses.__getitem__)
         if self.enable_capture and self._uses[size] >= MIN_USES:
             self._capture(self._tensors(size))
