@@ -178,7 +178,6 @@ def test_reserved_flag_is_refused_by_name(name):
         ("run_mode", "prefill"),
         ("run_mode", "config_server"),
         ("attention_backend", "flashinfer"),
-        ("attention_backend", "flashinfer"),
     ],
 )
 def test_reserved_value_of_a_built_flag_is_refused(flag, value):
