@@ -8,6 +8,7 @@ process (engine thread and worker thread together), whose waits sleep.
 """
 
 import argparse
+import gc
 import json
 import random
 import time
@@ -73,7 +74,9 @@ def fill(engine: Engine, link: ListLink, vocab_size: int, batch: int, length: in
             )
         )
     engine.step()
-    while engine.scheduler.stats().step_phase != "decode" or engine.scheduler.stats().step_batch_size != batch:
+    while (
+        engine.scheduler.stats().step_phase != "decode" or engine.scheduler.stats().step_batch_size != batch
+    ):
         engine.step()
     for _ in range(12):
         engine.step()
@@ -132,6 +135,8 @@ def main() -> None:
     args, flags = parser.parse_known_args()
     engine, link, vocab_size = make_engine(flags)
     result = {**describe_run(), "device": torch.cuda.get_device_name(), "cases": {}}
+    gc.collect()
+    gc.freeze()  # as the engine process does
     random_params = {"do_sample": True, "temperature": 0.8, "top_p": 0.9}
     cases = [("1 x 512", 1, 512, {}), ("64 x 512", 64, 512, {}), ("256 x 256", 256, 256, {})]
     cases += [("256 x 256, top_p", 256, 256, random_params), ("1 x 512, top_p", 1, 512, random_params)]

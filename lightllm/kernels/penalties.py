@@ -27,12 +27,12 @@ def _count_kernel(token_table, spans, counts, width, vocab_size, BLOCK: tl.const
 
 
 @triton.jit
-def _apply_kernel(logits, lines, params, counts, vocab_size, stride, BLOCK: tl.constexpr):
+def _apply_kernel(logits, lines, penalties, counts, vocab_size, stride, BLOCK: tl.constexpr):
     i = tl.program_id(0)
     line = tl.load(lines + i).to(tl.int64)
-    repetition = tl.load(params + i * 3)
-    presence = tl.load(params + i * 3 + 1)
-    frequency = tl.load(params + i * 3 + 2)
+    repetition = tl.load(penalties + i * 3)
+    presence = tl.load(penalties + i * 3 + 1)
+    frequency = tl.load(penalties + i * 3 + 2)
     ids = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = ids < vocab_size
     seen = tl.load(counts + i.to(tl.int64) * vocab_size + ids, mask, other=0)

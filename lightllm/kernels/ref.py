@@ -168,3 +168,8 @@ def penalise_(
         logits[line, seen] = torch.where(values > 0, values / repetition, values * repetition)
         ids, counts = torch.unique(token_ids[counted_from:], return_counts=True)
         logits[line, ids] -= frequency * counts + presence
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b for x [n, in_features]."""
+    return functional.linear(x, weight, bias)

@@ -103,13 +103,13 @@ def _invert(row, vocab_size, best, temperature, target, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _sample_kernel(logits, params, noises, out, vocab_size, stride, num_rows, BLOCK: tl.constexpr):
+def _sample_kernel(logits, filters, noises, out, vocab_size, stride, num_rows, BLOCK: tl.constexpr):
     i = tl.program_id(0)
     row = logits + i.to(tl.int64) * stride
-    temperature = tl.load(params + i)
-    top_k = tl.load(params + num_rows + i).to(tl.int32)
-    top_p = tl.load(params + 2 * num_rows + i)
-    min_p = tl.load(params + 3 * num_rows + i)
+    temperature = tl.load(filters + i)
+    top_k = tl.load(filters + num_rows + i).to(tl.int32)
+    top_p = tl.load(filters + 2 * num_rows + i)
+    min_p = tl.load(filters + 3 * num_rows + i)
     noise = tl.load(noises + i)
 
     best = -float("inf")

@@ -4,6 +4,7 @@ Assembles executor, scheduler and loop, reports readiness, and turns the first f
 Imports torch only inside the executor.
 """
 
+import gc
 import logging
 import os
 import signal
@@ -60,6 +61,9 @@ def _serve(parent: Parent, child: ChildConfig, config: Config) -> int:
     scheduler = Scheduler(scheduler_config(config, info, description.config.eos_token_ids))
     engine = Engine(scheduler, executor, link, enable_overlap=not config.engine.disable_overlap)
     engine.warm_up([0] * min(WARM_UP_PROMPT_TOKENS, info.max_req_total_len - 2))
+    # What is loaded stays: a full collection would walk it all, some 100 ms in the middle of a stream.
+    gc.collect()
+    gc.freeze()
     parent.send(ChildReady(info=info))
     try:
         engine.run(stopping.is_set)
