@@ -137,6 +137,31 @@ def op_cases(ops: Ops, n: int) -> dict[str, tuple]:
     }
 
 
+def gemv_cases() -> dict[str, dict]:
+    """The linears of Llama-2-7B for one row, against the vendor's library; weights rotate."""
+    found = {}
+    for num_rows, num_columns in ((12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008), (32000, 4096)):
+        count = max(2, 400_000_000 // (num_rows * num_columns * 2))
+        weights = [torch.randn(num_rows, num_columns, device=DEVICE).bfloat16() for _ in range(count)]
+        x = torch.randn(1, num_columns, device=DEVICE).bfloat16()
+        times = []
+        for ops in (Ops(), TritonOps()):
+            linears = [ops.dense_linear(weight, None) for weight in weights]
+            linears[0](x)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                for linear in linears:
+                    linear(x)
+            times.append(measure(graph.replay) / count)
+        plain, fused = times
+        found[f"{num_rows} x {num_columns}"] = {
+            "us": round(fused * 1e6, 1),
+            "plain_us": round(plain * 1e6, 1),
+            "gb_s": round(num_rows * num_columns * 2 / fused / 1e9),
+        }
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
@@ -155,6 +180,9 @@ def main() -> None:
         result["attention"][name] = entry
         print(f"{name:40s} {msgspec.json.encode(entry).decode()}", flush=True)
         torch.cuda.empty_cache()
+    result["gemv"] = gemv_cases()
+    for name, entry in result["gemv"].items():
+        print(f"gemv {name:16s} {msgspec.json.encode(entry).decode()}", flush=True)
     for n in (1, 64, 256, 8192):
         plain, fused = op_cases(Ops(), n), op_cases(TritonOps(), n)
         for name, (function, num_bytes) in fused.items():

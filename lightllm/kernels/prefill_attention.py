@@ -192,5 +192,5 @@ def prefill_attention(
         HAS_CAP=softcap is not None,
         PRECISION="tf32" if is_half else "ieee",
         STAGES=3 if is_half else 1,
-        num_warps=8 if block_m >= 128 else 4,
+        num_warps=4,
     )

@@ -1,14 +1,25 @@
 """TritonOps: the operations of layers as fused kernels for a GPU.
 
-Linears stay torch's, which calls the vendor's library; packed weights stay with the plain version.
+Linears of several rows stay torch's, which calls the vendor's library; packed weights stay with the plain
+version.
 """
 
 from typing import ClassVar
 
 from torch import Tensor
 
-from lightllm.kernels import gated_activation, rms_norm, rotate
+from lightllm.kernels import gated_activation, gemv, rms_norm, rotate
+from lightllm.layers.linear import DenseLinear, LinearMethod
 from lightllm.layers.ops import Ops
+
+
+class GpuLinear(DenseLinear):
+    """A dense weight, for which one row goes the way that reads the weight fastest."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.shape[0] == 1 and x.is_contiguous():
+            return gemv.gemv(x, self.weight, self.bias)
+        return super().__call__(x)
 
 
 class TritonOps(Ops):
@@ -30,3 +41,6 @@ class TritonOps(Ops):
 
     def gelu_and_mul(self, gate_up: Tensor) -> Tensor:
         return gated_activation.gelu_and_mul(gate_up)
+
+    def dense_linear(self, weight: Tensor, bias: Tensor | None) -> LinearMethod:
+        return GpuLinear(weight, bias)

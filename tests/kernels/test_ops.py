@@ -73,3 +73,26 @@ def test_nothing_to_do(device: torch.device) -> None:
     assert OPS.rms_norm(x, weight, 1e-5).shape == (0, 64)
     assert OPS.silu_and_mul(x).shape == (0, 32)
     OPS.rotate_(torch.empty(0, 2, 8, device=device), *torch.empty(2, 0, 4, device=device))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize(
+    ("num_rows", "num_columns"),
+    [
+        (30, 64),
+        (9, 1500),
+        (16, 2048),
+        pytest.param(22016, 4096, marks=GPU),
+        pytest.param(4096, 11008, marks=GPU),
+    ],
+)
+def test_one_row_through_a_linear(
+    num_rows: int, num_columns: int, has_bias: bool, dtype: torch.dtype, device: torch.device
+) -> None:
+    weight = random(num_rows, num_columns, dtype=dtype, device=device) * num_columns**-0.5
+    bias = random(num_rows, dtype=dtype, device=device, seed=1) if has_bias else None
+    linear = OPS.dense_linear(weight, bias)
+    for n in (1, 2):
+        x = random(n, num_columns, dtype=dtype, device=device, seed=2)
+        check(linear(x), ref.linear(x, weight, bias))
