@@ -59,12 +59,12 @@ class ModelSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         str,
         Flag(
             "none = run the checkpoint as stored; others quantize at load",
-            stage="G",
+            stage="-",
             choices=("none", "w8", "w4", "w8a8", "fp8w8a8", "fp8w8a8-b128", "w4a16"),
         ),
     ] = "none"
     kv_cache_dtype: Annotated[
-        str, Flag("type of the KV cache; auto = the compute type", stage="G", choices=("auto", "fp8", "int8"))
+        str, Flag("type of the KV cache; auto = the compute type", stage="-", choices=("auto", "fp8", "int8"))
     ] = "auto"
     served_model_name: Annotated[
         tuple[str, ...],
@@ -189,7 +189,7 @@ class EngineSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
             "auto = the best one that passes a start-up self-check; on a CPU native = C kernels for all "
             "operations, torch = plain torch",
             choices=("auto", "native", "torch", "triton", "flashinfer"),
-            choice_stages=(("triton", "G"), ("flashinfer", "G")),
+            choice_stages=(("triton", "G"), ("flashinfer", "-")),
         ),
     ] = "auto"
     enable_deterministic: Annotated[

@@ -102,7 +102,7 @@ def _device(wanted: str, machine: Machine) -> str:
         )
     if wanted != "auto":
         return wanted
-    return "cuda" if machine.num_gpus and "G" in BUILT_STAGES else "cpu"
+    return "cuda" if machine.num_gpus else "cpu"
 
 
 def _not_built(config: Config, device: str, spelled: dict[str, str]) -> list[str]:
@@ -302,8 +302,6 @@ def _warnings(case: _Case) -> list[str]:
     graph = case.given(*(spec.name for spec in FLAGS.values() if spec.section == "graph"))
     if graph and case.device == "cpu":
         found.append(f"{', '.join(graph)}: no effect on a CPU, which has no CUDA graphs")
-    if case.device == "cpu" and case.machine.num_gpus and engine.device == "auto":
-        found.append("--device auto: a GPU is visible, but this version computes on the CPU")
     limit = _max_req_total_len(case)
     if case.given("max_req_total_len") and limit < engine.max_req_total_len:
         source = "--max_total_token_num" if limit == engine.max_total_token_num else "the model's context"

@@ -100,7 +100,7 @@ def test_whole_prompts_need_room_in_a_step():
     assert any("--batch_max_tokens" in text for text in unknown.unchecked)
 
 
-def test_gpu_defaults_in_a_version_that_has_them(monkeypatch):
+def test_gpu_defaults(monkeypatch):
     monkeypatch.setattr("lightllm.resolution.BUILT_STAGES", frozenset({"S", "G", "T"}))
     config = run(machine=GPU).config
     assert (config.engine.device, config.engine.batch_max_tokens, config.engine.chunked_prefill_size) == (
@@ -114,12 +114,14 @@ def test_gpu_defaults_in_a_version_that_has_them(monkeypatch):
     assert run("--tp 4 --nnodes 2 --nccl_host 10.0.0.1", machine=GPU).config.environment.omp_num_threads == 2
 
 
-def test_a_gpu_is_not_used_by_this_version_and_it_says_so():
-    result = run(machine=GPU)
-    assert result.config.engine.device == "cpu"
-    assert len(result.warnings) == 1
-    assert run("--device cpu", machine=GPU).warnings == []
-    assert refusal("--device cuda", machine=GPU).startswith("--device: not implemented in this version")
+def test_a_visible_gpu_is_used_unless_told_otherwise():
+    for line in ("", "--device cuda"):
+        result = run(line, machine=GPU)
+        assert result.config.engine.device == "cuda"
+        assert result.warnings == []
+    assert run("--device cpu", machine=GPU).config.engine.device == "cpu"
+    assert run("--disable_cudagraph --attention_backend triton", machine=GPU).warnings == []
+    assert refusal("--attention_backend flashinfer", machine=GPU).startswith("--attention_backend: not impl")
     assert "no GPU" in refusal("--device cuda")
     assert "no GPU" in refusal("--device cuda --dry_run")
 
@@ -179,7 +181,6 @@ def test_reserved_flag_is_refused_by_name(name):
     [
         ("run_mode", "prefill"),
         ("run_mode", "config_server"),
-        ("attention_backend", "triton"),
         ("attention_backend", "flashinfer"),
     ],
 )

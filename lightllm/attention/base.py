@@ -5,11 +5,12 @@ Split by how often a thing happens: `plan` once a step, `forward` once a layer. 
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
 from lightllm.device.forward_batch import ForwardBatch
+from lightllm.model_config import ModelConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,11 @@ class AttentionBackend(ABC):
     """
 
     name: ClassVar[str]
+
+    @classmethod
+    def for_model(cls, config: ModelConfig) -> Self:
+        """Make one for a model; override it where a plan needs the model's numbers."""
+        return cls()
 
     @abstractmethod
     def plan(self, batch: ForwardBatch) -> Any:

@@ -26,6 +26,31 @@ BACKENDS: Mapping[str, str] = MappingProxyType(
     }
 )
 ORACLE = "torch_ref"
+# The same for GPUs; the oracle of these computes on the CPU.
+CUDA_BACKENDS: Mapping[str, str] = MappingProxyType(
+    {"triton": "lightllm.attention.triton_gqa:TritonAttention"}
+)
+
+
+def select_cuda_backend(
+    name: str, config: ModelConfig, dtype: torch.dtype, device: torch.device
+) -> tuple[AttentionBackend, str]:
+    """As `select_backend`, on a GPU, where no backend is trusted without having passed.
+
+    Raises:
+        ConfigError: `name` is not known on a GPU, or none passes the comparison.
+    """
+    if name not in ("auto", *CUDA_BACKENDS):
+        known = ", ".join(("auto", *CUDA_BACKENDS))
+        raise ConfigError(f"--attention_backend: got {name}, usable on a GPU are {known}")
+    failures: list[str] = []
+    for candidate in CUDA_BACKENDS if name == "auto" else (name,):
+        backend = load_backend(candidate, config=config)
+        problem = check(backend, load_backend(ORACLE), config, dtype, device)
+        if problem is None:
+            return backend, "; ".join([*failures, f"agrees with {ORACLE} on random data"])
+        failures.append(f"{candidate} failed its self-check: {problem}")
+    raise ConfigError(f"--attention_backend: {'; '.join(failures)}; use --device cpu")
 
 
 def select_backend(
@@ -65,10 +90,14 @@ def select_backend(
     raise ConfigError(f"--attention_backend: {'; '.join(failures)}; use --attention_backend auto")
 
 
-def load_backend(name: str, library: NativeLibrary | None = None) -> AttentionBackend:
-    """Import and make the backend of that key of BACKENDS; `native` needs the library."""
-    module, _, attribute = BACKENDS[name].partition(":")
+def load_backend(
+    name: str, library: NativeLibrary | None = None, config: ModelConfig | None = None
+) -> AttentionBackend:
+    """Import and make a backend: `native` needs the library, those of CUDA_BACKENDS the model."""
+    module, _, attribute = {**CUDA_BACKENDS, **BACKENDS}[name].partition(":")
     cls = getattr(importlib.import_module(module), attribute)
+    if config is not None:
+        return cast(AttentionBackend, cls.for_model(config))
     return cast(AttentionBackend, cls(library) if name == "native" else cls())
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightllm.attention.base import AttentionBackend, AttentionLayer
-from lightllm.device.forward_batch import ForwardBatch
+from lightllm.device.forward_batch import DeviceIndex, ForwardBatch
 from lightllm.device.kv_pool import KVPool
 from lightllm.model_config import ModelConfig
 
@@ -58,8 +58,15 @@ class Outcome:
     v: Tensor
 
 
+CPU = torch.device("cpu")
+
+
 def check(
-    backend: AttentionBackend, oracle: AttentionBackend, config: ModelConfig, dtype: torch.dtype
+    backend: AttentionBackend,
+    oracle: AttentionBackend,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device | None = None,
 ) -> str | None:
     """Compare both on START_CASE, for each kind of layer that the model has.
 
@@ -70,7 +77,7 @@ def check(
     for is_sliding in sorted(kinds):
         window = START_WINDOW if is_sliding else None
         layer = AttentionLayer(0, config.attention_scale, window, config.attn_logit_softcapping)
-        problem = compare(backend, oracle, START_CASE, config, dtype, layer=layer)
+        problem = compare(backend, oracle, START_CASE, config, dtype, layer=layer, device=device)
         if problem is not None:
             return problem
     return None
@@ -83,26 +90,29 @@ def compute(
     dtype: torch.dtype,
     *,
     layer: AttentionLayer | None = None,
+    device: torch.device | None = None,
 ) -> Outcome:
     """Run a backend on random tensors, which depend on the case, config and dtype only.
 
     Args:
         layer: index 0; the usual scale, and neither window nor softcap, when left out.
+        device: where; None is the CPU, without the index that kernels need. The outcome is on the CPU.
     """
     layer = layer or AttentionLayer(0, config.head_dim**-0.5)
     generator = torch.Generator().manual_seed(len(case.slots))
-    pool = KVPool(msgspec.structs.replace(config, num_hidden_layers=1), max(case.slots) + 1, dtype)
+    one_layer = msgspec.structs.replace(config, num_hidden_layers=1)
+    pool = KVPool(one_layer, max(case.slots) + 1, dtype, device or CPU)
     for tensor in (pool.k[0], pool.v[0]):
-        tensor.normal_(generator=generator)
+        tensor.copy_(torch.empty(tensor.shape, dtype=dtype).normal_(generator=generator))
     num_q_heads, num_kv_heads = config.num_attention_heads, config.num_key_value_heads
     shape = (sum(case.query_lens), num_q_heads + 2 * num_kv_heads, config.head_dim)
-    qkv = torch.empty(shape, dtype=dtype).normal_(generator=generator)
+    qkv = torch.empty(shape, dtype=dtype).normal_(generator=generator).to(device or CPU)
     q, k, v = torch.split(qkv, [num_q_heads, num_kv_heads, num_kv_heads], dim=1)
-    batch = _batch(case, pool)
+    batch = _batch(case, pool, device)
     with torch.inference_mode():
         batch.plan = backend.plan(batch)
         out = backend.forward(q, k, v, layer, batch)
-    return Outcome(out, pool.k[0], pool.v[0])
+    return Outcome(out.cpu(), pool.k[0].cpu(), pool.v[0].cpu())
 
 
 def compare(
@@ -113,14 +123,15 @@ def compare(
     dtype: torch.dtype,
     *,
     layer: AttentionLayer | None = None,
+    device: torch.device | None = None,
 ) -> str | None:
-    """Run both on a case; see `compute`.
+    """Run both on a case, the oracle always on the CPU; see `compute`.
 
     Returns:
         None if they agree, else what is wrong, in words.
     """
     try:
-        got = compute(backend, case, config, dtype, layer=layer)
+        got = compute(backend, case, config, dtype, layer=layer, device=device)
     except (AttributeError, NotImplementedError, RuntimeError, TypeError) as error:
         return f"{type(error).__name__}: {error}"  # an operation that this build of torch lacks
     expected = compute(oracle, case, config, dtype, layer=layer)
@@ -135,7 +146,7 @@ def compare(
     return None
 
 
-def _batch(case: Case, pool: KVPool) -> ForwardBatch:
+def _batch(case: Case, pool: KVPool, device: torch.device | None) -> ForwardBatch:
     seq_lens, query_lens = np.array(case.seq_lens), np.array(case.query_lens)
     rows = np.arange(len(seq_lens))[::-1].copy()
     slot_table = np.zeros((len(seq_lens), seq_lens.max()), dtype=np.int32)
@@ -145,12 +156,17 @@ def _batch(case: Case, pool: KVPool) -> ForwardBatch:
     new = [np.arange(n - c, n) for n, c in zip(case.seq_lens, case.query_lens, strict=True)]
     positions = np.concatenate(new)
     out_slots = slot_table[rows.repeat(query_lens), positions].astype(np.int64)
+    index = None
+    if device is not None:
+        columns = (torch.from_numpy(a.astype(np.int32)).to(device) for a in (slot_table, rows, seq_lens))
+        index = DeviceIndex(*columns)
     return ForwardBatch.build(
         rows=rows,
         seq_lens=seq_lens,
         query_lens=query_lens,
-        positions=torch.from_numpy(positions),
-        out_slots=torch.from_numpy(out_slots),
+        positions=torch.from_numpy(positions).to(device or CPU),
+        out_slots=torch.from_numpy(out_slots).to(device or CPU),
         slot_table=slot_table,
         kv_pool=pool,
+        index=index,
     )

@@ -1,6 +1,7 @@
-"""Facts about the CPU that computes, and the process-wide settings that computing on it needs.
+"""The CPU as a device: facts about it, and the process-wide settings that computing on it needs.
 
-Owns the choice of compute dtype. Knows nothing of models beyond the name of their dtype. Runs in the worker.
+Owns the choice of compute dtype on a CPU. Knows nothing of models beyond the name of their dtype. Runs in the
+worker.
 """
 
 import ctypes
@@ -9,8 +10,13 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import ClassVar
 
+import numpy as np
 import torch
+from torch import Tensor
+
+from lightllm.device.base import Device, Download
 
 CGROUP = Path("/sys/fs/cgroup")
 CPUINFO = Path("/proc/cpuinfo")
@@ -109,3 +115,50 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except OSError:
         return ""
+
+
+class Fetched(Download):
+    """Tensors that are on the host already."""
+
+    def __init__(self, tensors: tuple[Tensor, ...]) -> None:
+        self._tensors = tensors
+
+    def result(self) -> tuple[np.ndarray, ...]:
+        return tuple(tensor.numpy() for tensor in self._tensors)
+
+
+class CpuDevice(Device):
+    """See the base class: every call is done when it returns."""
+
+    name: ClassVar[str] = "cpu"
+    is_async: ClassVar[bool] = False
+
+    def __init__(self) -> None:
+        self.torch_device = torch.device("cpu")
+        self.label = f"{os.cpu_count()} hardware threads"
+
+    def choose_dtype(self, asked: str, checkpoint: str) -> tuple[torch.dtype, str]:
+        return choose_dtype(asked, checkpoint)
+
+    def free_memory_bytes(self) -> int:
+        return free_memory_bytes()
+
+    def total_memory_bytes(self) -> int:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+    def prepare(self) -> None:
+        set_threads(1)  # the loader's threads would each bring a team of their own
+
+    def prepare_to_compute(self, num_threads: int) -> str:
+        keep_freed_memory()
+        return f"{set_threads(num_threads)} threads"
+
+    def upload(self, array: np.ndarray, into: Tensor | None = None) -> Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor if into is None else into.copy_(tensor)
+
+    def download(self, *tensors: Tensor) -> Download:
+        return Fetched(tensors)
+
+    def synchronize(self) -> None:
+        return

@@ -12,6 +12,20 @@ from torch import Tensor
 from lightllm.device.kv_pool import KVPool
 
 
+@dataclass(frozen=True, slots=True)
+class DeviceIndex:
+    """What kernels read of a batch, in the device's memory; there is none on a CPU.
+
+    Attributes:
+        slot_table: [max_rows + 1, max_len] int32; its last row is all 0, for padding.
+        rows, seq_lens: [n] int32, as in ForwardBatch.
+    """
+
+    slot_table: Tensor
+    rows: Tensor
+    seq_lens: Tensor
+
+
 @dataclass(slots=True)
 class ForwardBatch:
     """n sequences, of each of which the last `query_lens` tokens are computed now; t tokens in all.
@@ -30,7 +44,9 @@ class ForwardBatch:
         positions: [t] int64, position of each token in its sequence.
         out_slots: [t] int64, pool slot of each token.
         slot_table: [max_rows, max_len] int32, on the CPU; the slots of this step's tokens are already in it.
+            Empty where `index` has it.
         kv_pool: read and written by the attention backend.
+        index: on a device with kernels, what these read; None on a CPU.
         plan: what `AttentionBackend.plan` made of the above.
     """
 
@@ -43,6 +59,7 @@ class ForwardBatch:
     out_slots: Tensor
     slot_table: np.ndarray
     kv_pool: KVPool
+    index: DeviceIndex | None = None
     plan: Any = None
 
     @classmethod
@@ -56,6 +73,7 @@ class ForwardBatch:
         out_slots: Tensor,
         slot_table: np.ndarray,
         kv_pool: KVPool,
+        index: DeviceIndex | None = None,
     ) -> "ForwardBatch":
         """Derive the rest; the caller sets `plan` afterwards."""
         cu_seqlens_q = np.zeros(len(query_lens) + 1, dtype=np.int64)
@@ -70,4 +88,5 @@ class ForwardBatch:
             out_slots=out_slots,
             slot_table=slot_table,
             kv_pool=kv_pool,
+            index=index,
         )

@@ -7,7 +7,7 @@ reuse slots and rows without waiting.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Protocol
 
 from lightllm.messages import EngineInfo, ScheduledBatch, StepOutput
@@ -40,10 +40,23 @@ class Executor(ABC):
         """Finish what was submitted and free the workers."""
 
 
+class LaunchedLater:
+    """A batch that the worker's thread will launch, and whose result is then taken in the caller's thread."""
+
+    def __init__(self, launch: Future[Pending]) -> None:
+        self._launch = launch
+
+    def result(self) -> StepOutput:
+        """See Pending."""
+        return self._launch.result().result()
+
+
 class InProcessExecutor(Executor):
     """One rank, in a thread of the engine process.
 
     The thread owns all torch state. Python's lock is free while torch computes, so scheduling runs beside it.
+    On a device that runs by itself the thread only queues the work, and can queue a step before the one
+    before it is done.
     """
 
     def __init__(self, load: "Callable[[], Worker]") -> None:
@@ -52,7 +65,7 @@ class InProcessExecutor(Executor):
         self._worker = self._thread.submit(load).result()
 
     def submit(self, batch: ScheduledBatch) -> Pending:
-        return self._thread.submit(self._worker.run, batch)
+        return LaunchedLater(self._thread.submit(self._worker.launch, batch))
 
     def info(self) -> EngineInfo:
         return self._worker.info()

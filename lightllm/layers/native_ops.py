@@ -19,6 +19,8 @@ class NativeOps(Ops):
     """All tensors are float32 on the CPU; sums are in one order whatever the batch."""
 
     name: ClassVar[str] = "native"
+    computes_packed: ClassVar[bool] = True
+    uses_torch_threads: ClassVar[bool] = False
 
     def __init__(self, library: NativeLibrary) -> None:
         self.library = library

@@ -16,9 +16,17 @@ from lightllm.weights.base import PackedTensor
 
 
 class Ops:
-    """Plain torch. See kernels/ref.py for formulas, shapes and dtypes."""
+    """Plain torch. See kernels/ref.py for formulas, shapes and dtypes.
+
+    Attributes:
+        name: for the log.
+        computes_packed: quantised weights are fast as they are, so that loading keeps them.
+        uses_torch_threads: it computes on torch's threads, not on its own.
+    """
 
     name: ClassVar[str] = "torch"
+    computes_packed: ClassVar[bool] = False
+    uses_torch_threads: ClassVar[bool] = True
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Normalise [..., size] into a new tensor."""

@@ -70,10 +70,11 @@ def load_model(
     ops: Ops,
     num_threads: int,
     progress: Progress,
+    device: torch.device | None = None,
     packed: bool = False,
     max_len: int | None = None,
 ) -> Model:
-    """Load a model onto the CPU; blocks until it can compute.
+    """Load a model onto a device; blocks until it can compute.
 
     Args:
         config: its dimensions; the tensors are checked against them.
@@ -83,6 +84,7 @@ def load_model(
         ops: everything else that its layers compute.
         num_threads: that read and unpack weights at once.
         progress: called as `progress(done, total)`, counting weights.
+        device: where it computes; None is the CPU.
         packed: keep quantised weights as stored: an eighth of the memory of float32, and slow in plain torch.
         max_len: of the longest sequence there will be; all that the config allows when left out.
 
@@ -93,7 +95,14 @@ def load_model(
     cls.check(config)
     specs = cls.weight_specs(config)
     weights = load_weights(
-        specs, source, dtype=dtype, ops=ops, num_threads=num_threads, progress=progress, packed=packed
+        specs,
+        source,
+        dtype=dtype,
+        device=device or torch.device("cpu"),
+        ops=ops,
+        num_threads=num_threads,
+        progress=progress,
+        packed=packed,
     )
     if unused := unused_names(specs, source):
         logger.warning("%d tensors are not used, among them %s", len(unused), ", ".join(unused[:3]))

@@ -27,6 +27,7 @@ def load_weights(
     source: WeightSource,
     *,
     dtype: torch.dtype,
+    device: torch.device,
     ops: Ops,
     num_threads: int,
     progress: Progress,
@@ -36,6 +37,7 @@ def load_weights(
 
     Args:
         dtype: to compute in.
+        device: where dense weights go; packed ones stay on the CPU.
         ops: makes the linears.
         num_threads: that read at once.
         progress: called in this thread after each weight.
@@ -44,7 +46,7 @@ def load_weights(
     Raises:
         ModelLoadError: a tensor is missing, or has another shape than the config says.
     """
-    loader = _Loader(source, dtype, ops, packed)
+    loader = _Loader(source, dtype, device, ops, packed)
     pool = ThreadPoolExecutor(num_threads, thread_name_prefix="load")
     try:
         linears = {name: pool.submit(loader.linear, spec) for name, spec in specs.linears.items()}
@@ -70,9 +72,12 @@ def unused_names(specs: WeightSpecs, source: WeightSource) -> list[str]:
 class _Loader:
     """Loads single weights; its methods run in several threads at once."""
 
-    def __init__(self, source: WeightSource, dtype: torch.dtype, ops: Ops, packed: bool) -> None:
+    def __init__(
+        self, source: WeightSource, dtype: torch.dtype, device: torch.device, ops: Ops, packed: bool
+    ) -> None:
         self.source = source
         self.dtype = dtype
+        self.device = device
         self.ops = ops
         self.packed = packed
 
@@ -85,13 +90,13 @@ class _Loader:
         packed_parts = [part for part in parts if isinstance(part, PackedTensor)]
         if self.packed and len(packed_parts) == len(parts):
             return self.ops.packed_linear(stack_rows(packed_parts), bias, self.dtype)
-        weight = torch.empty(sum(spec.parts.values()), spec.in_features, dtype=self.dtype)
+        weight = self._empty(sum(spec.parts.values()), spec.in_features)
         _fill(weight, itertools.chain.from_iterable(map(_blocks, parts)))
         return self.ops.dense_linear(weight, bias)
 
     def vector(self, spec: VectorSpec) -> Tensor:
         read = self._read(spec.name, (spec.size,))  # before the allocation: the size may be wrong
-        vector = torch.empty(spec.size, dtype=torch.float32 if spec.offset else self.dtype)
+        vector = self._empty(spec.size, dtype=torch.float32 if spec.offset else self.dtype)
         _fill(vector, _blocks(read))
         return vector.add_(spec.offset) if spec.offset else vector
 
@@ -100,9 +105,12 @@ class _Loader:
             _reordered(self._read(f"{part}.bias", (rows,)), spec.row_orders.get(part))
             for part, rows in spec.parts.items()
         ]
-        bias = torch.empty(sum(spec.parts.values()), dtype=self.dtype)
+        bias = self._empty(sum(spec.parts.values()))
         _fill(bias, itertools.chain.from_iterable(map(_blocks, parts)))
         return bias
+
+    def _empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
 
     def _read(self, name: str, expected: tuple[int, ...]) -> Tensor | PackedTensor:
         # The source names the file where a tensor is missing from it.

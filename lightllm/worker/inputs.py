@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightllm.messages import ScheduledBatch
+from lightllm.device.forward_batch import DeviceIndex
+from lightllm.messages import NewRequest, ScheduledBatch
 from lightllm.worker.sampler import RowState
 
 
@@ -21,18 +22,20 @@ class StepInputs:
 
     Attributes:
         rows: [n] row of each request.
-        positions: [t] position of each token in its request.
+        positions: [t] int64, position of each token in its request.
         token_ids: [t] int64.
         out_slots: [t] int64, the pool slot of each token.
         seq_lens, query_lens: [n], tokens with KV after this step, and tokens computed in it.
+        index: what kernels read; None on a CPU.
     """
 
     rows: np.ndarray
-    positions: np.ndarray
+    positions: Tensor
     token_ids: Tensor
     out_slots: Tensor
     seq_lens: np.ndarray
     query_lens: np.ndarray
+    index: DeviceIndex | None = None
 
 
 class RowTables:
@@ -53,24 +56,18 @@ class RowTables:
             self.states[row] = None
         for new in batch.new_requests:
             self.token_ids[new.row, : len(new.token_ids)] = new.token_ids
-            self.states[new.row] = RowState(
-                params=new.sampling_params,
-                num_prompt_tokens=new.num_prompt_tokens,
-                eos_token_ids=new.eos_token_ids,
-                seed=new.seed,
-                sample_index=new.sample_index,
-            )
+            self.states[new.row] = row_state(new)
         if batch.slots:
-            rows, positions = _ranges(batch.rows, batch.slot_starts, batch.slot_counts)
+            rows, positions = ranges(batch.rows, batch.slot_starts, batch.slot_counts)
             self.slots[rows, positions] = batch.slots
 
     def inputs(self, batch: ScheduledBatch) -> StepInputs:
         """Gather the inputs of a batch that has been applied."""
-        rows, positions = _ranges(batch.rows, batch.starts, batch.num_new_tokens)
+        rows, positions = ranges(batch.rows, batch.starts, batch.num_new_tokens)
         query_lens = np.array(batch.num_new_tokens)
         return StepInputs(
             rows=np.array(batch.rows),
-            positions=positions,
+            positions=torch.from_numpy(positions),
             token_ids=torch.from_numpy(self.token_ids[rows, positions].astype(np.int64)),
             out_slots=torch.from_numpy(self.slots[rows, positions].astype(np.int64)),
             seq_lens=np.array(batch.starts) + query_lens,
@@ -86,7 +83,18 @@ class RowTables:
         self.token_ids[rows, positions] = token_ids.numpy()
 
 
-def _ranges(rows: list[int], starts: list[int], counts: list[int]) -> tuple[np.ndarray, np.ndarray]:
+def row_state(new: NewRequest) -> RowState:
+    """What the sampler keeps of a request that enters a row."""
+    return RowState(
+        params=new.sampling_params,
+        num_prompt_tokens=new.num_prompt_tokens,
+        eos_token_ids=new.eos_token_ids,
+        seed=new.seed,
+        sample_index=new.sample_index,
+    )
+
+
+def ranges(rows: list[int], starts: list[int], counts: list[int]) -> tuple[np.ndarray, np.ndarray]:
     """Flatten ranges [start, start + count) of rows into (row, position) per element."""
     sizes = np.array(counts)
     ends = sizes.cumsum()

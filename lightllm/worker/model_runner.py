@@ -6,8 +6,12 @@ of scheduling: it computes exactly what the batch says, in the order of batches.
 """
 
 import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from functools import partial
+from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,8 +26,31 @@ from lightllm.worker.sampler import RowState, SamplingRow, sample, token_logprob
 PROMPT_LOGITS_ROWS = 64
 
 
-class ModelRunner:
-    """Runs batches on one device.
+class LaunchedStep:
+    """A step whose work has been done, or queued on a device.
+
+    Args:
+        collect: makes the result; waits for the device.
+    """
+
+    def __init__(self, collect: Callable[[], StepOutput]) -> None:
+        self._collect = collect
+
+    def result(self) -> StepOutput:
+        """Wait for the step's tokens. Call it once, from any thread."""
+        return self._collect()
+
+
+class Runner(ABC):
+    """Launches batches in order."""
+
+    @abstractmethod
+    def launch(self, batch: ScheduledBatch) -> LaunchedStep:
+        """Compute one step, or queue it where the device runs by itself."""
+
+
+class ModelRunner(Runner):
+    """Runs batches on a CPU: a step is computed when `launch` returns.
 
     Args:
         model: the loaded model.
@@ -38,17 +65,21 @@ class ModelRunner:
         self.kv_pool = kv_pool
         self.tables = tables
 
-    @torch.inference_mode()
-    def run(self, batch: ScheduledBatch) -> StepOutput:
+    def launch(self, batch: ScheduledBatch) -> LaunchedStep:
         """Compute one step; returns when its tokens are known."""
+        output = self._run(batch)
+        return LaunchedStep(lambda: output)
+
+    @torch.inference_mode()
+    def _run(self, batch: ScheduledBatch) -> StepOutput:
         started = time.perf_counter()
         self.tables.apply(batch)
         if not batch.rows:
             return StepOutput(step_id=batch.step_id, token_ids=[])
         inputs = self.tables.inputs(batch)
-        hidden = self._forward(inputs)
+        hidden = forward(self.model, self.backend, self.kv_pool, inputs, self.tables.slots)
         token_ids, logprobs = self._sample(batch, inputs, hidden)
-        prompt_logprobs = self._prompt_logprobs(batch, inputs, hidden)
+        prompt_logprobs = prompt_logprobs_of(batch, inputs, hidden, self.model, self.tables)
         return StepOutput(
             step_id=batch.step_id,
             token_ids=token_ids,
@@ -56,20 +87,6 @@ class ModelRunner:
             prompt_logprobs=prompt_logprobs,
             duration_s=time.perf_counter() - started,
         )
-
-    def _forward(self, inputs: StepInputs) -> Tensor:
-        positions = torch.from_numpy(inputs.positions)
-        batch = ForwardBatch.build(
-            rows=inputs.rows,
-            seq_lens=inputs.seq_lens,
-            query_lens=inputs.query_lens,
-            positions=positions,
-            out_slots=inputs.out_slots,
-            slot_table=self.tables.slots,
-            kv_pool=self.kv_pool,
-        )
-        batch.plan = self.backend.plan(batch)
-        return self.model(inputs.token_ids, positions, batch)  # [num_tokens, hidden]
 
     def _sample(
         self, batch: ScheduledBatch, inputs: StepInputs, hidden: Tensor
@@ -87,29 +104,6 @@ class ModelRunner:
             token_ids[i].append(token_id)
         return token_ids, {sampling[j]: [entry] for j, entry in sampled.logprobs.items()}
 
-    def _prompt_logprobs(
-        self, batch: ScheduledBatch, inputs: StepInputs, hidden: Tensor
-    ) -> dict[int, list[TokenLogprobs]]:
-        found: dict[int, list[TokenLogprobs]] = {}
-        ends = inputs.query_lens.cumsum()
-        for i, row in enumerate(batch.rows):
-            state = self._state(row)
-            count = state.params.prompt_logprobs
-            start = batch.starts[i]
-            # Position p predicts the token at p + 1, which must still be part of the prompt.
-            num_predicted = min(batch.num_new_tokens[i], state.num_prompt_tokens - 1 - start)
-            if count is None or num_predicted <= 0:
-                continue
-            first = int(ends[i]) - batch.num_new_tokens[i]
-            targets = self.tables.known_tokens(row, start + 1 + num_predicted)[start + 1 :]
-            entries: list[TokenLogprobs] = []
-            for a in range(0, num_predicted, PROMPT_LOGITS_ROWS):  # bounds the memory of the logits
-                b = min(a + PROMPT_LOGITS_ROWS, num_predicted)
-                logits = self.model.logits(hidden[first + a : first + b])
-                entries += token_logprobs(logits, targets[a:b], [count] * (b - a))
-            found[i] = entries
-        return found
-
     def _sampling_row(self, row: int, num_tokens: int) -> SamplingRow:
         return SamplingRow(self._state(row), num_tokens, partial(self.tables.known_tokens, row, num_tokens))
 
@@ -117,3 +111,61 @@ class ModelRunner:
         state = self.tables.states[row]
         assert state is not None, f"row {row} was scheduled without a request"
         return state
+
+
+class Tables(Protocol):
+    """The tables of rows, as far as functions for all devices need them."""
+
+    states: list[RowState | None]
+
+    def known_tokens(self, row: int, length: int) -> Tensor:
+        """The first `length` token ids of a row, [length] int64."""
+        ...
+
+
+def forward(
+    model: Model, backend: AttentionBackend, kv_pool: KVPool, inputs: StepInputs, slot_table: np.ndarray
+) -> Tensor:
+    """Plan and compute a step's hidden states: [num_tokens, hidden].
+
+    Args:
+        slot_table: on the CPU; empty where the inputs have an index.
+    """
+    batch = ForwardBatch.build(
+        rows=inputs.rows,
+        seq_lens=inputs.seq_lens,
+        query_lens=inputs.query_lens,
+        positions=inputs.positions,
+        out_slots=inputs.out_slots,
+        slot_table=slot_table,
+        kv_pool=kv_pool,
+        index=inputs.index,
+    )
+    batch.plan = backend.plan(batch)
+    return model(inputs.token_ids, inputs.positions, batch)
+
+
+def prompt_logprobs_of(
+    batch: ScheduledBatch, inputs: StepInputs, hidden: Tensor, model: Model, tables: Tables
+) -> dict[int, list[TokenLogprobs]]:
+    """What StepOutput.prompt_logprobs holds; waits for the device if a request asked for them."""
+    found: dict[int, list[TokenLogprobs]] = {}
+    ends = inputs.query_lens.cumsum()
+    for i, row in enumerate(batch.rows):
+        state = tables.states[row]
+        assert state is not None, f"row {row} was scheduled without a request"
+        count = state.params.prompt_logprobs
+        start = batch.starts[i]
+        # Position p predicts the token at p + 1, which must still be part of the prompt.
+        num_predicted = min(batch.num_new_tokens[i], state.num_prompt_tokens - 1 - start)
+        if count is None or num_predicted <= 0:
+            continue
+        first = int(ends[i]) - batch.num_new_tokens[i]
+        targets = tables.known_tokens(row, start + 1 + num_predicted)[start + 1 :]
+        entries: list[TokenLogprobs] = []
+        for a in range(0, num_predicted, PROMPT_LOGITS_ROWS):  # bounds the memory of the logits
+            b = min(a + PROMPT_LOGITS_ROWS, num_predicted)
+            logits = model.logits(hidden[first + a : first + b])
+            entries += token_logprobs(logits, targets[a:b], [count] * (b - a))
+        found[i] = entries
+    return found

@@ -6,7 +6,7 @@ node or in another batch, as far as its logits are the same. Runs in the worker,
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -100,14 +100,22 @@ def token_logprobs(logits: Tensor, token_ids: Tensor, num_alternatives: list[int
         token_ids: [n] int64.
         num_alternatives: per row, how many of the most likely tokens to name.
     """
-    normaliser = logits.logsumexp(dim=-1)
-    chosen = (logits.gather(1, token_ids[:, None])[:, 0] - normaliser).tolist()
     most = max(num_alternatives)
-    if most == 0:
-        return [TokenLogprobs(logprob=value) for value in chosen]
-    top = logits.topk(most, dim=-1)
-    top_ids = top.indices.tolist()
-    top_values = (top.values - normaliser[:, None]).tolist()
+    tensors = logprob_tensors(logits, token_ids, most)
+    return list_logprobs([tensor.cpu().numpy() for tensor in tensors], num_alternatives)
+
+
+def logprob_tensors(logits: Tensor, token_ids: Tensor, num_alternatives: int) -> tuple[Tensor, ...]:
+    """The log-probability of each token [n], and of the most likely ids and values [n, num_alternatives]."""
+    normaliser = logits.logsumexp(dim=-1, keepdim=True)
+    chosen = (logits.gather(1, token_ids[:, None]) - normaliser)[:, 0]
+    top = logits.topk(num_alternatives, dim=-1)
+    return chosen, top.indices, top.values - normaliser
+
+
+def list_logprobs(tensors: Sequence[np.ndarray], num_alternatives: list[int]) -> list[TokenLogprobs]:
+    """What `logprob_tensors` made, on the host and as messages."""
+    chosen, top_ids, top_values = (tensor.tolist() for tensor in tensors)
     return [
         TokenLogprobs(logprob=value, top_ids=ids[:count], top_logprobs=values[:count])
         for value, ids, values, count in zip(chosen, top_ids, top_values, num_alternatives, strict=True)
@@ -200,7 +208,7 @@ def _invert(weights: Tensor, noise: Tensor) -> Tensor:
 
 
 def _allow_only(logits: Tensor, row: SamplingRow) -> None:
-    allowed = torch.tensor(row.state.params.allowed_token_ids, device=logits.device)
+    allowed = _beside(logits, row.state.params.allowed_token_ids)
     kept = logits[allowed]
     logits.fill_(-torch.inf)
     logits[allowed] = kept
@@ -208,11 +216,11 @@ def _allow_only(logits: Tensor, row: SamplingRow) -> None:
 
 def _add_bias(logits: Tensor, row: SamplingRow) -> None:
     bias = row.state.params.logit_bias
-    ids = torch.tensor(list(bias), device=logits.device)
-    logits[ids] += torch.tensor(list(bias.values()), device=logits.device)
+    logits[_beside(logits, list(bias))] += _beside(logits, list(bias.values()))
 
 
-def _penalise(logits: Tensor, row: SamplingRow) -> None:
+def penalise_row(logits: Tensor, row: SamplingRow) -> None:
+    """Repetition, then frequency and presence penalties; the one processor that reads the row's tokens."""
     params = row.state.params
     token_ids = row.read_tokens()
     if params.repetition_penalty != 1.0:
@@ -233,7 +241,7 @@ def _ban_early_end(logits: Tensor, row: SamplingRow) -> None:
     if params.allowed_token_ids and set(banned).issuperset(params.allowed_token_ids):
         return  # nothing would be left; the scheduler does not end the request at these before its minimum
     if row.num_output_tokens + 1 < params.min_new_tokens:
-        logits[banned] = -torch.inf
+        logits.index_fill_(0, _beside(logits, banned), -torch.inf)
 
 
 def _favour_end(logits: Tensor, row: SamplingRow) -> None:
@@ -241,16 +249,23 @@ def _favour_end(logits: Tensor, row: SamplingRow) -> None:
     past = row.num_output_tokens - start
     end_ids = row.state.eos_token_ids
     if past > 0 and end_ids:
-        values = logits[end_ids]
+        places = _beside(logits, end_ids)
+        values = logits[places]
         gain = math.expm1(min(past * math.log(factor), math.log(MAX_LOGIT)))
         raised = (values + values.abs() * gain).clamp_(max=MAX_LOGIT)
-        logits[end_ids] = torch.where(values.isinf(), values, raised)  # one that is not allowed stays so
+        logits[places] = torch.where(values.isinf(), values, raised)  # one that is not allowed stays so
+
+
+def _beside(logits: Tensor, values: list[int] | list[float]) -> Tensor:
+    """A tensor of these on the device of `logits`, made without waiting for what the device is doing."""
+    tensor = torch.tensor(values, dtype=torch.int64 if not values else None)
+    return tensor.pin_memory().to(logits.device, non_blocking=True) if logits.is_cuda else tensor
 
 
 PIPELINE: tuple[tuple[Callable[[SamplingParams], bool], Processor], ...] = (
     (lambda p: bool(p.allowed_token_ids), _allow_only),
     (lambda p: bool(p.logit_bias), _add_bias),
-    (lambda p: p.has_penalties, _penalise),
+    (lambda p: p.has_penalties, penalise_row),
     (lambda p: p.exponential_decay_length_penalty[1] != 1.0, _favour_end),
     (lambda p: p.min_new_tokens > 1, _ban_early_end),
 )

@@ -1,61 +1,44 @@
 """Worker: loads a model onto its device, sizes the KV pool and runs batches.
 
 One worker is one rank. With tp 1 it lives in a thread of the engine process. Owns all tensors; its decisions
-(compute dtype, attention backend, KV capacity) are logged once with their reasons, as the memory ledger at
-start.
+(device, compute dtype, attention backend, KV capacity) are logged once with their reasons, as the memory
+ledger at start.
 """
 
+import dataclasses
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
-from lightllm.attention.registry import select_backend
+from lightllm.attention.base import AttentionBackend
+from lightllm.attention.registry import select_backend, select_cuda_backend
 from lightllm.config import Config
-from lightllm.device import device as cpu
-from lightllm.device.kv_pool import KVPool, kv_bytes_per_token
-from lightllm.errors import ModelLoadError
+from lightllm.device.base import Device, make_device
+from lightllm.device.kv_pool import KVPool
 from lightllm.layers.native_ops import NativeOps
 from lightllm.layers.ops import Ops
-from lightllm.messages import EngineInfo, ScheduledBatch, StepOutput
+from lightllm.messages import EngineInfo, ScheduledBatch
 from lightllm.model_config import ModelConfig
 from lightllm.models import load_model
+from lightllm.models.base import Model
 from lightllm.native.library import NativeLibrary, NativeUnavailable
 from lightllm.weights.base import WeightSource
 from lightllm.worker.inputs import RowTables
-from lightllm.worker.model_runner import ModelRunner
+from lightllm.worker.memory import graph_sizes, num_kv_slots, plan_memory
+from lightllm.worker.model_runner import LaunchedStep, ModelRunner, Runner
 
 logger = logging.getLogger(__name__)
-
-DEFAULT_KV_BYTES = 2 * 1024**3
-WORKSPACE_BYTES = 64 * 1024**2
-MIB = 1024**2
 
 Progress = Callable[[str, int, int], None]
 """Told the stage, how much of it is done and how much there is."""
 
 
-@dataclass(frozen=True, slots=True)
-class MemoryLedger:
-    """Where the memory goes, in bytes. `free` is what the machine had before loading."""
-
-    free: int
-    weights: int
-    kv: int
-    logits: int
-
-    def __str__(self) -> str:
-        parts = [("weights", self.weights), ("KV, up to", self.kv), ("largest logits", self.logits)]
-        parts += [("workspace", WORKSPACE_BYTES), ("free before loading", self.free)]
-        return ", ".join(f"{name} {size / MIB:.0f} MiB" for name, size in parts)
-
-
 class Worker:
     """One rank: model, KV pool and row tables."""
 
-    def __init__(self, runner: ModelRunner, info: EngineInfo) -> None:
+    def __init__(self, runner: Runner, info: EngineInfo) -> None:
         self._runner = runner
         self._info = info
 
@@ -63,43 +46,43 @@ class Worker:
     def load(
         cls, config: Config, model_config: ModelConfig, source: WeightSource, progress: Progress
     ) -> "Worker":
-        """Load everything; the calling thread is the one that must call `run`.
+        """Load everything; the calling thread is the one that must call `launch`.
 
         Raises:
+            ConfigError: the device or the attention backend cannot be used.
             ModelLoadError: the weights do not fit the config, or the memory.
         """
         started = time.perf_counter()
-        dtype, reason = cpu.choose_dtype(config.model.dtype, model_config.dtype)
+        device = make_device(config.engine.device)
+        dtype, reason = device.choose_dtype(config.model.dtype, model_config.dtype)
         logger.info("computing in %s: %s", _name(dtype), reason)
-        cpu.set_threads(1)  # the loader's threads would each bring a team of their own
-        library = _native_library(config, dtype)
-        ops = Ops() if library is None else NativeOps(library)
-        backend, reason = select_backend(config.engine.attention_backend, model_config, dtype, library)
-        logger.info("attention backend %s: %s", backend.name, reason)
-        free = cpu.free_memory_bytes()
+        device.prepare()
+        backend, ops = _choose(config, model_config, dtype, device)
+        free = device.free_memory_bytes()
         max_len = min(config.engine.max_req_total_len, model_config.max_context_len)
         model = load_model(
             model_config,
             source,
             dtype=dtype,
+            device=device.torch_device,
             backend=backend,
             ops=ops,
             num_threads=config.environment.loadworker,
             progress=lambda done, total: progress("loading weights", done, total),
             max_len=max_len,
-            packed=library is not None and config.model.dtype == "auto",
+            packed=ops.computes_packed and config.model.dtype == "auto",
         )
-        cpu.keep_freed_memory()
-        if library is None:  # two pools of threads would fight for the cores
-            logger.info("computing on %d threads", cpu.set_threads(config.environment.omp_num_threads))
-        logits = config.engine.running_max_req_size * model_config.vocab_size * 4
-        num_slots = _num_slots(config, model_config, dtype, free - model.num_bytes - WORKSPACE_BYTES)
-        pool = KVPool(model_config, num_slots + 1, dtype)  # slot 0 is the padding dummy
-        logger.info("memory: %s", MemoryLedger(free, model.num_bytes, pool.num_bytes, logits))
+        # Two pools of threads would fight for the cores: beside one of its own kernels torch has one thread.
+        num_threads = config.environment.omp_num_threads if ops.uses_torch_threads else 1
+        logger.info("torch computes on %s", device.prepare_to_compute(num_threads))
+        ledger = plan_memory(config, model_config, dtype, device, free, model.num_bytes)
+        num_slots = num_kv_slots(config, model_config, dtype, ledger)
+        # Slot 0 is the padding dummy.
+        pool = KVPool(model_config, num_slots + 1, dtype, device.torch_device)
+        logger.info("memory: %s", dataclasses.replace(ledger, kv=pool.num_bytes))
         max_len = min(max_len, num_slots)
-        tables = RowTables(config.engine.running_max_req_size, max_len)
         info = EngineInfo(
-            device="cpu",
+            device=device.name,
             dtype=_name(dtype),
             kv_total_tokens=num_slots,
             max_req_total_len=max_len,
@@ -107,15 +90,33 @@ class Worker:
             load_s=time.perf_counter() - started,
             attention_backend=backend.name,
         )
-        return cls(ModelRunner(model, backend, pool, tables), info)
+        return cls(_make_runner(config, device, model, backend, pool, max_len), info)
 
-    def run(self, batch: ScheduledBatch) -> StepOutput:
-        """Compute one batch."""
-        return self._runner.run(batch)
+    def launch(self, batch: ScheduledBatch) -> LaunchedStep:
+        """Start one batch; its result may be taken in another thread."""
+        return self._runner.launch(batch)
 
     def info(self) -> EngineInfo:
         """What was loaded, where, and its capacity."""
         return self._info
+
+
+def _choose(
+    config: Config, model_config: ModelConfig, dtype: torch.dtype, device: Device
+) -> tuple[AttentionBackend, Ops]:
+    """The attention backend and the operations of this device; logged with the reason."""
+    name = config.engine.attention_backend
+    if device.name == "cuda":
+        from lightllm.layers.triton_ops import TritonOps  # needs triton, which a CPU does not
+
+        backend, reason = select_cuda_backend(name, model_config, dtype, device.torch_device)
+        ops: Ops = TritonOps()
+    else:
+        library = _native_library(config, dtype)
+        backend, reason = select_backend(name, model_config, dtype, library)
+        ops = Ops() if library is None else NativeOps(library)
+    logger.info("attention backend %s: %s; operations: %s", backend.name, reason, ops.name)
+    return backend, ops
 
 
 def _native_library(config: Config, dtype: torch.dtype) -> NativeLibrary | None:
@@ -134,31 +135,24 @@ def _native_library(config: Config, dtype: torch.dtype) -> NativeLibrary | None:
     return library
 
 
-def _num_slots(config: Config, model: ModelConfig, dtype: torch.dtype, free_bytes: int) -> int:
-    """KV capacity in tokens: as asked, or what half of the free memory holds, at most 2 GiB.
+def _make_runner(
+    config: Config, device: Device, model: Model, backend: AttentionBackend, pool: KVPool, max_len: int
+) -> Runner:
+    max_rows = config.engine.running_max_req_size
+    if not device.is_async:
+        return ModelRunner(model, backend, pool, RowTables(max_rows, max_len))
+    from lightllm.worker.cuda_graph import DecodeGraphs  # these need triton
+    from lightllm.worker.device_runner import DeviceRunner
+    from lightllm.worker.device_tables import DeviceTables
 
-    Raises:
-        ModelLoadError: what was asked does not fit; the message says what does.
-    """
-    per_token = kv_bytes_per_token(model, dtype)
-    asked = config.engine.max_total_token_num
-    if asked is not None:
-        fits = max(0, int(free_bytes * config.engine.mem_fraction)) // per_token
-        if asked > fits:
-            raise ModelLoadError(
-                f"--max_total_token_num {asked} needs {asked * per_token / MIB:.0f} MiB of KV "
-                f"({per_token} bytes a token); {fits} tokens fit into the free memory; lower it, or raise "
-                "--mem_fraction"
-            )
-        return asked
-    budget = min(DEFAULT_KV_BYTES, int(free_bytes * 0.5 * config.engine.mem_fraction))
-    num_slots = budget // per_token
-    if num_slots < 2:
-        raise ModelLoadError(
-            f"{max(budget, 0) / MIB:.0f} MiB are left for KV beside the weights, and one token needs "
-            f"{per_token} bytes; free memory or choose a smaller model"
+    tables = DeviceTables(max_rows, max_len, device)
+    graphs = None
+    if not config.graph.disable_cudagraph:
+        longest = config.graph.graph_max_len_in_batch or max_len
+        graphs = DecodeGraphs(
+            model, backend, pool, tables, sizes=graph_sizes(config), max_len=min(longest, max_len)
         )
-    return num_slots
+    return DeviceRunner(model, backend, pool, tables, device, graphs)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -28,7 +28,17 @@ ALLOWED: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "config_server": (),
         "scheduler": (),
         "engine": ("scheduler",),
-        "worker": ("attention", "device", "distributed", "layers", "models", "native", "transfer", "weights"),
+        "worker": (
+            "attention",
+            "device",
+            "distributed",
+            "kernels",
+            "layers",
+            "models",
+            "native",
+            "transfer",
+            "weights",
+        ),
         "models": (
             "attention.base",
             "device.forward_batch",

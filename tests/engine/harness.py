@@ -1,5 +1,7 @@
 """An engine in this process: real scheduler, real worker, real codec; only the sockets are missing."""
 
+from collections.abc import Callable
+
 import msgspec
 
 from lightllm import messages
@@ -18,7 +20,7 @@ from lightllm.messages import (
 from lightllm.sampling_params import SamplingParams
 from lightllm.scheduler.scheduler import Scheduler, SchedulerConfig
 from lightllm.worker.inputs import RowTables
-from lightllm.worker.model_runner import ModelRunner
+from lightllm.worker.model_runner import LaunchedStep, ModelRunner, Runner
 
 
 class MemoryLink:
@@ -45,12 +47,12 @@ class MemoryLink:
 class RunnerWorker:
     """The part of Worker that the in-process executor calls, around a model made by the test."""
 
-    def __init__(self, runner: ModelRunner, info: EngineInfo) -> None:
+    def __init__(self, runner: Runner, info: EngineInfo) -> None:
         self.runner, self._info = runner, info
 
-    def run(self, batch: ScheduledBatch) -> StepOutput:
-        batch = messages.decode(messages.encode(batch), ScheduledBatch)
-        return messages.decode(messages.encode(self.runner.run(batch)), StepOutput)
+    def launch(self, batch: ScheduledBatch) -> LaunchedStep:
+        step = self.runner.launch(messages.decode(messages.encode(batch), ScheduledBatch))
+        return LaunchedStep(lambda: messages.decode(messages.encode(step.result()), StepOutput))
 
     def info(self) -> EngineInfo:
         return self._info
@@ -62,11 +64,21 @@ class LocalEngine:
     Args:
         model, backend, pool: the device tower; the pool has one slot more than `num_slots`.
         num_slots, max_len: capacity.
+        make_runner: makes the runner from the number of rows; None: the one of a CPU.
         flags: fields of SchedulerConfig to override; `enable_overlap` goes to the engine.
     """
 
     def __init__(
-        self, model, backend, pool, *, num_slots: int, max_len: int, vocab_size: int, **flags
+        self,
+        model,
+        backend,
+        pool,
+        *,
+        num_slots: int,
+        max_len: int,
+        vocab_size: int,
+        make_runner: Callable[[int], Runner] | None = None,
+        **flags,
     ) -> None:
         enable_overlap = flags.pop("enable_overlap", True)
         defaults = SchedulerConfig(
@@ -91,8 +103,11 @@ class LocalEngine:
             load_s=0.0,
             attention_backend=backend.name,
         )
-        tables = RowTables(config.max_running, max_len)
-        worker = RunnerWorker(ModelRunner(model, backend, pool, tables), info)
+        if make_runner is None:
+            runner: Runner = ModelRunner(model, backend, pool, RowTables(config.max_running, max_len))
+        else:
+            runner = make_runner(config.max_running)
+        worker = RunnerWorker(runner, info)
         self.executor: Executor = InProcessExecutor(lambda: worker)  # type: ignore[arg-type,return-value]
         self.link = MemoryLink()
         self.scheduler = Scheduler(config)

@@ -18,7 +18,7 @@ from lightllm.weights.sources import open_weights
 from tests.engine.harness import LocalEngine
 from tests.native.available import library_or_skip
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("smollm2")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400), pytest.mark.xdist_group("smollm2")]
 
 NUM_TOKENS = 16
 NUM_SLOTS = 4000

@@ -1,0 +1,202 @@
+"""Kernels of the GPU side at real shapes: time, and what share of the card's measured ceilings that is.
+
+    python benchmarks/kernels_cuda.py [--out benchmarks/results/kernels_h100.json]
+
+Ceilings are measured in the same run: a large copy and read, a large matrix product. Times are medians over
+repeats that rotate over several input sets where these fit into the cache.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import torch
+import triton
+from machine import describe_run
+
+from lightllm.attention.base import AttentionLayer
+from lightllm.attention.triton_gqa import TritonAttention
+from lightllm.device.forward_batch import DeviceIndex, ForwardBatch
+from lightllm.device.kv_pool import KVPool
+from lightllm.layers.ops import Ops
+from lightllm.layers.triton_ops import TritonOps
+from lightllm.model_config import ModelConfig
+
+DEVICE = torch.device("cuda")
+# name: (num_q_heads, num_kv_heads, head_dim), [(number of sequences, seq_len, query_len)]
+ATTENTION = {
+    "decode 100 x 1100, 32 heads": ((32, 32, 128), [(100, 1100, 1)]),
+    "decode 256 x 400, 32 heads": ((32, 32, 128), [(256, 400, 1)]),
+    "decode 64 x 2048, 32 heads": ((32, 32, 128), [(64, 2048, 1)]),
+    "decode 1 x 640, 32 heads": ((32, 32, 128), [(1, 640, 1)]),
+    "decode 1 x 16384, 32 heads": ((32, 32, 128), [(1, 16384, 1)]),
+    "decode 64 x 4096, 64/8 heads": ((64, 8, 128), [(64, 4096, 1)]),
+    "decode 8 x 8192, 28/4 heads": ((28, 4, 128), [(8, 8192, 1)]),
+    "prefill 8 x 1024, 32 heads": ((32, 32, 128), [(8, 1024, 1024)]),
+    "prefill 2 x 4096, 32 heads": ((32, 32, 128), [(2, 4096, 4096)]),
+    "prefill 2 x 4096, 64/8 heads": ((64, 8, 128), [(2, 4096, 4096)]),
+    "mixed 64 x 1100 + 1024, 32 heads": ((32, 32, 128), [(64, 1100, 1), (1, 1024, 1024)]),
+    "suffix 64 x 128 behind 1920, 32 heads": ((32, 32, 128), [(64, 2048, 128)]),
+}
+
+
+def measure(function) -> float:
+    """Median seconds."""
+    return triton.testing.do_bench(function, warmup=20, rep=100, return_mode="median") * 1e-3
+
+
+def ceilings() -> dict[str, float]:
+    a = torch.randn(2**30, device=DEVICE).to(torch.bfloat16)
+    b = torch.empty_like(a)
+    x = torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16)
+    found = {
+        "copy_gb_s": 2 * a.nbytes / measure(lambda: b.copy_(a)) / 1e9,
+        "read_gb_s": a.nbytes / measure(lambda: a.view(torch.float32).amax()) / 1e9,
+        "matmul_tflop_s": 2 * 8192**3 / measure(lambda: x @ x) / 1e12,
+    }
+    return {name: round(value, 1) for name, value in found.items()}
+
+
+def attention_case(heads, groups) -> tuple[float, float, float]:
+    """Seconds, bytes of keys and values read at least once, floating-point operations."""
+    num_q_heads, num_kv_heads, head_dim = heads
+    seq_lens = np.array([n for count, n, _ in groups for _ in range(count)])
+    query_lens = np.array([c for count, _, c in groups for _ in range(count)])
+    config = ModelConfig(
+        architecture="LlamaForCausalLM",
+        hidden_size=num_q_heads * head_dim,
+        intermediate_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=num_q_heads,
+        num_key_value_heads=num_kv_heads,
+        head_dim=head_dim,
+        vocab_size=8,
+        max_position_embeddings=1 << 20,
+        rms_norm_eps=1e-5,
+    )
+    num_slots = int(seq_lens.sum()) + 1
+    pool = KVPool(config, num_slots, torch.bfloat16, DEVICE)
+    for tensor in (*pool.k, *pool.v):
+        tensor.normal_()
+    table = np.zeros((len(seq_lens) + 1, seq_lens.max() + 1), dtype=np.int32)
+    # Regions of 64 slots in random order, as a pool in use has them.
+    regions = np.random.default_rng(0).permutation((num_slots - 1) // 64 + 1) * 64
+    slots = (regions[:, None] + np.arange(64)).reshape(-1)
+    slots = slots[(slots > 0) & (slots < num_slots)]
+    for row, part in enumerate(np.split(slots, seq_lens.cumsum())[:-1]):
+        table[row, : len(part)] = part
+    rows = np.arange(len(seq_lens))
+    positions = np.concatenate([np.arange(n - c, n) for n, c in zip(seq_lens, query_lens, strict=True)])
+
+    def device(array):
+        return torch.from_numpy(np.ascontiguousarray(array)).to(DEVICE)
+
+    batch = ForwardBatch.build(
+        rows=rows,
+        seq_lens=seq_lens,
+        query_lens=query_lens,
+        positions=device(positions),
+        out_slots=device(table[rows.repeat(query_lens), positions].astype(np.int64)),
+        slot_table=np.empty((0, 0), dtype=np.int32),
+        kv_pool=pool,
+        index=DeviceIndex(device(table), device(rows.astype(np.int32)), device(seq_lens.astype(np.int32))),
+    )
+    backend = TritonAttention.for_model(config)
+    batch.plan = backend.plan(batch)
+    qkv = torch.randn(len(positions), num_q_heads + 2 * num_kv_heads, head_dim, device=DEVICE).bfloat16()
+    q, k, v = qkv.split([num_q_heads, num_kv_heads, num_kv_heads], 1)
+    layers = [AttentionLayer(i, head_dim**-0.5) for i in range(2)]
+
+    def run():
+        for layer in layers:
+            backend.forward(q, k, v, layer, batch)
+
+    graph = torch.cuda.CUDAGraph()
+    run()
+    with torch.cuda.graph(graph):
+        run()
+    seconds = measure(graph.replay) / 2
+    num_bytes = 2 * int(seq_lens.sum()) * num_kv_heads * head_dim * 2
+    pairs = int((query_lens * (2 * seq_lens - query_lens + 1) // 2).sum())
+    return seconds, num_bytes, 4.0 * pairs * num_q_heads * head_dim
+
+
+def op_cases(ops: Ops, n: int) -> dict[str, tuple]:
+    """Name -> function and bytes moved, at the widths of Llama-2-7B."""
+    x = torch.randn(n, 4096, device=DEVICE).bfloat16()
+    residual, weight = torch.randn_like(x), torch.ones(4096, device=DEVICE).bfloat16()
+    qk = torch.randn(n, 64, 128, device=DEVICE).bfloat16()
+    angles = torch.randn(n, 64, device=DEVICE)
+    gate_up = torch.randn(n, 2 * 11008, device=DEVICE).bfloat16()
+    return {
+        "add_rms_norm": (lambda: ops.add_rms_norm(x, residual, weight, 1e-5), 4 * x.nbytes),
+        "rotate_": (lambda: ops.rotate_(qk, angles, angles), 2 * qk.nbytes),
+        "silu_and_mul": (lambda: ops.silu_and_mul(gate_up), gate_up.nbytes * 3 // 2),
+    }
+
+
+def gemv_cases() -> dict[str, dict]:
+    """The linears of Llama-2-7B for one row, against the vendor's library; weights rotate."""
+    found = {}
+    for num_rows, num_columns in ((12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008), (32000, 4096)):
+        count = max(2, 400_000_000 // (num_rows * num_columns * 2))
+        weights = [torch.randn(num_rows, num_columns, device=DEVICE).bfloat16() for _ in range(count)]
+        x = torch.randn(1, num_columns, device=DEVICE).bfloat16()
+        times = []
+        for ops in (Ops(), TritonOps()):
+            linears = [ops.dense_linear(weight, None) for weight in weights]
+            linears[0](x)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                for linear in linears:
+                    linear(x)
+            times.append(measure(graph.replay) / count)
+        plain, fused = times
+        found[f"{num_rows} x {num_columns}"] = {
+            "us": round(fused * 1e6, 1),
+            "plain_us": round(plain * 1e6, 1),
+            "gb_s": round(num_rows * num_columns * 2 / fused / 1e9),
+        }
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    limits = ceilings()
+    result = {**describe_run(), "ceilings": limits, "attention": {}, "ops": {}}
+    print(json.dumps(limits))
+    for name, (heads, groups) in ATTENTION.items():
+        seconds, num_bytes, operations = attention_case(heads, groups)
+        entry = {
+            "us": round(seconds * 1e6, 1),
+            "gb_s": round(num_bytes / seconds / 1e9),
+            "share_of_read": round(num_bytes / seconds / 1e9 / limits["read_gb_s"], 3),
+            "tflop_s": round(operations / seconds / 1e12, 1),
+        }
+        result["attention"][name] = entry
+        print(f"{name:40s} {msgspec.json.encode(entry).decode()}", flush=True)
+        torch.cuda.empty_cache()
+    result["gemv"] = gemv_cases()
+    for name, entry in result["gemv"].items():
+        print(f"gemv {name:16s} {msgspec.json.encode(entry).decode()}", flush=True)
+    for n in (1, 64, 256, 8192):
+        plain, fused = op_cases(Ops(), n), op_cases(TritonOps(), n)
+        for name, (function, num_bytes) in fused.items():
+            seconds, plain_seconds = measure(function), measure(plain[name][0])
+            entry = {
+                "us": round(seconds * 1e6, 1),
+                "plain_us": round(plain_seconds * 1e6, 1),
+                "gb_s": round(num_bytes / seconds / 1e9),
+            }
+            result["ops"][f"{name} {n}"] = entry
+            print(f"{name:16s} {n:5d} {msgspec.json.encode(entry).decode()}", flush=True)
+    if args.out:
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

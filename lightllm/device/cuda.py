@@ -1,0 +1,99 @@
+"""CudaDevice: the first visible NVIDIA GPU.
+
+Everything runs on one stream, so that work is done in the order of the calls; the host runs ahead and waits
+only in `Download.result`. Runs in the worker.
+"""
+
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightllm.device.base import Device, Download
+from lightllm.errors import ConfigError
+
+# The oldest architecture that the kernels are written for: bfloat16 and asynchronous copies.
+MIN_CAPABILITY = (8, 0)
+
+
+class CudaDownload(Download):
+    """Pinned copies of tensors, and the event behind the last of them."""
+
+    def __init__(self, tensors: tuple[Tensor, ...]) -> None:
+        self._copies = tuple(torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in tensors)
+        for copy, tensor in zip(self._copies, tensors, strict=True):
+            copy.copy_(tensor, non_blocking=True)
+        self._event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        self._event.record()
+
+    def result(self) -> tuple[np.ndarray, ...]:
+        self._event.synchronize()
+        return tuple(copy.numpy() for copy in self._copies)
+
+
+class CudaDevice(Device):
+    """See the base class.
+
+    Raises:
+        ConfigError: there is no usable GPU; the message says why.
+    """
+
+    name: ClassVar[str] = "cuda"
+    is_async: ClassVar[bool] = True
+
+    def __init__(self) -> None:
+        if not torch.cuda.is_available():
+            build = "a CPU build" if torch.version.cuda is None else f"built for CUDA {torch.version.cuda}"
+            raise ConfigError(
+                f"--device cuda: torch {torch.__version__} ({build}) sees no GPU; check the driver, "
+                "CUDA_VISIBLE_DEVICES and the build of torch, or use --device cpu"
+            )
+        self.torch_device = torch.device("cuda", torch.cuda.current_device())
+        properties = torch.cuda.get_device_properties(self.torch_device)
+        capability = (properties.major, properties.minor)
+        if capability < MIN_CAPABILITY:
+            raise ConfigError(
+                f"--device cuda: {properties.name} has compute capability {capability[0]}.{capability[1]}; "
+                f"the kernels need {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]}; use --device cpu"
+            )
+        self.label = f"{properties.name}, {properties.multi_processor_count} multiprocessors"
+
+    def choose_dtype(self, asked: str, checkpoint: str) -> tuple[torch.dtype, str]:
+        """See the base class; every dtype is native from MIN_CAPABILITY on."""
+        if asked != "auto":
+            return getattr(torch, asked), "as asked"
+        return getattr(torch, checkpoint), "the dtype of the checkpoint"
+
+    def free_memory_bytes(self) -> int:
+        """Memory that the driver has left, and what torch holds without using it."""
+        unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return int(torch.cuda.mem_get_info()[0]) + unused
+
+    def total_memory_bytes(self) -> int:
+        return int(torch.cuda.mem_get_info()[1])
+
+    def prepare(self) -> None:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+        # Sums in bfloat16 inside a matrix product would cost accuracy for nothing that is measurable.
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+
+    def prepare_to_compute(self, num_threads: int) -> str:
+        torch.set_num_threads(1)  # the host only launches
+        torch.cuda.set_device(self.torch_device)
+        torch.cuda.empty_cache()
+        return self.label
+
+    def upload(self, array: np.ndarray, into: Tensor | None = None) -> Tensor:
+        # torch's allocator of pinned memory keeps the block until the copy is done.
+        pinned = torch.from_numpy(array).pin_memory()
+        if into is None:
+            return pinned.to(self.torch_device, non_blocking=True)
+        return into.copy_(pinned, non_blocking=True)
+
+    def download(self, *tensors: Tensor) -> Download:
+        return CudaDownload(tensors)
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize()

@@ -1,0 +1,149 @@
+"""The attention kernels and the backend made of them against the plain formula."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightllm.attention.registry import CUDA_BACKENDS, ORACLE, load_backend
+from lightllm.attention.self_check import START_CASE, compare
+from lightllm.attention.triton_gqa import TritonAttention, num_decode_splits
+from lightllm.kernels import ref
+from lightllm.kernels.decode_attention import decode_attention
+from lightllm.kernels.kv_write import kv_write
+from lightllm.kernels.prefill_attention import prefill_attention
+from tests.attention.test_conformance import CASES, config
+
+GPU = pytest.mark.gpu
+DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=GPU)]
+# num_q_heads, num_kv_heads, head_dim
+HEADS = [(6, 2, 64), (4, 4, 16), (8, 1, 24)]
+REAL_HEADS = [pytest.param(h, marks=GPU) for h in ((32, 32, 128), (28, 4, 128), (8, 2, 80))]
+# The interpreter is slow: it runs the cases that differ for these kernels.
+BATCHES = [
+    pytest.param(case, id=name, marks=() if name in ("shared prefix", "mixed") else GPU)
+    for name, case in CASES.items()
+]
+MASKS = {"plain": {}, "window": {"window": 20}, "softcap": {"softcap": 3.0}}
+
+
+@pytest.mark.parametrize("name", CUDA_BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", BATCHES)
+@pytest.mark.parametrize("heads", [HEADS[1], *REAL_HEADS])
+def test_backends_agree_with_oracle(
+    heads: tuple[int, int, int], case: object, dtype: torch.dtype, name: str, device: torch.device
+) -> None:
+    model = config(*heads)
+    problem = compare(
+        load_backend(name, config=model), load_backend(ORACLE), case, model, dtype, device=device
+    )
+    assert problem is None
+
+
+@pytest.mark.parametrize("heads", [HEADS[2]])
+def test_backend_agrees_on_other_heads(heads: tuple[int, int, int], device: torch.device) -> None:
+    model = config(*heads)
+    backend = TritonAttention.for_model(model)
+    assert compare(backend, load_backend(ORACLE), START_CASE, model, torch.float32, device=device) is None
+
+
+def pool(num_slots: int, heads: tuple[int, int, int], dtype: torch.dtype, device: torch.device):
+    generator = torch.Generator().manual_seed(4)
+    shape = (num_slots, heads[1], heads[2])
+    return [torch.randn(shape, generator=generator).to(dtype).to(device) for _ in range(2)]
+
+
+def table_of(seq_lens: list[int]) -> Tensor:
+    """Scattered slots from 1 on, one row per sequence, and 0 behind its end."""
+    order = torch.randperm(sum(seq_lens), generator=torch.Generator().manual_seed(1)).int() + 1
+    rows = torch.zeros(len(seq_lens), max(seq_lens) + 3, dtype=torch.int32)
+    for row, part in zip(rows, order.split(seq_lens), strict=True):
+        row[: len(part)] = part
+    return rows
+
+
+def check(got: Tensor, expected: Tensor) -> None:
+    tolerance = 1e-4 if got.dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(got.float(), expected.float(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
+@pytest.mark.parametrize("num_splits", [1, 3, 8])
+@pytest.mark.parametrize("heads", [HEADS[0], HEADS[2], *REAL_HEADS])
+def test_decode(heads, num_splits: int, mask: dict, dtype: torch.dtype, device: torch.device) -> None:
+    seq_lens = [1, 64, 65, 200, 17]
+    k, v = pool(sum(seq_lens) + 1, heads, dtype, device)
+    table = table_of(seq_lens)
+    q = torch.randn(7, heads[0], heads[2], generator=torch.Generator().manual_seed(2)).to(dtype).to(device)
+    tokens = torch.tensor([6, 1, 2, 0, 3], dtype=torch.int32)
+    out = torch.full((7, heads[0] * heads[2]), 7.0, dtype=dtype, device=device)
+    scratch = torch.full((5 * heads[0] * num_splits, heads[2] + 1), torch.nan, device=device).flatten()
+    size = 5 * heads[0] * num_splits * heads[2]
+    decode_attention(
+        q,
+        k,
+        v,
+        table.to(device),
+        tokens.to(device),
+        torch.arange(5, dtype=torch.int32, device=device),
+        torch.tensor(seq_lens, dtype=torch.int32, device=device),
+        out,
+        scale=0.3,
+        window=mask.get("window"),
+        softcap=mask.get("softcap"),
+        num_splits=num_splits,
+        partial=scratch[:size],
+        logsumexp=scratch[size:],
+    )
+    for row, (token, seq_len) in enumerate(zip(tokens.tolist(), seq_lens, strict=True)):
+        slots = table[row, :seq_len].to(device)
+        check(out[token], ref.paged_attention(q[token : token + 1], k, v, slots, scale=0.3, **mask)[0])
+    assert (out[4:6] == 7.0).all()  # tokens of nobody
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
+@pytest.mark.parametrize("block_m", [16, pytest.param(64, marks=GPU), pytest.param(128, marks=GPU)])
+@pytest.mark.parametrize("heads", [HEADS[0], HEADS[2], *REAL_HEADS])
+def test_prefill(heads, block_m: int, mask: dict, dtype: torch.dtype, device: torch.device) -> None:
+    seq_len, tile_tokens = 150, block_m // (heads[0] // heads[1])
+    k, v = pool(seq_len + 1, heads, dtype, device)
+    table = table_of([seq_len])
+    # The last 70 tokens in tiles, in reverse order, behind one token that is not ours.
+    starts = list(range(80, seq_len, tile_tokens))[::-1]
+    tiles = [[0, 1 + start - 80, min(tile_tokens, seq_len - start), start] for start in starts]
+    q = torch.randn(71, heads[0], heads[2], generator=torch.Generator().manual_seed(3)).to(dtype).to(device)
+    out = torch.full((71, heads[0] * heads[2]), 7.0, dtype=dtype, device=device)
+    prefill_attention(
+        q,
+        k,
+        v,
+        table.to(device),
+        torch.tensor(tiles, dtype=torch.int32, device=device),
+        out,
+        scale=0.3,
+        window=mask.get("window"),
+        softcap=mask.get("softcap"),
+        block_m=block_m,
+    )
+    slots = table[0, :seq_len].to(device)
+    check(out[1:], ref.paged_attention(q[1:], k, v, slots, scale=0.3, **mask))
+    assert (out[0] == 7.0).all()
+
+
+def test_kv_write(device: torch.device) -> None:
+    qkv = torch.randn(4, 5, 24, device=device)
+    k, v = qkv[:, 1:3], qkv[:, 3:]
+    pool_k, pool_v = torch.zeros(2, 9, 2, 24, device=device)
+    slots = torch.tensor([8, 1, 0, 5], device=device)
+    kv_write(k, v, pool_k, pool_v, slots)
+    assert torch.equal(pool_k[slots], k)
+    assert torch.equal(pool_v[slots], v)
+    assert (pool_k[[2, 3, 4, 6, 7]] == 0).all()
+
+
+def test_splits_fill_the_device_and_no_more() -> None:
+    assert num_decode_splits(32 * 64) == 1
+    assert num_decode_splits(32) == 17
+    assert num_decode_splits(1) == 64
