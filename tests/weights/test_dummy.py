@@ -23,18 +23,40 @@ CONFIG = ModelConfig(
 )
 
 
-@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3"])
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2", "Gemma3", "Phi3", "Glm4"])
+@pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("is_tied", [False, True])
-def test_names_and_shapes_are_those_of_transformers(family: str, is_tied: bool) -> None:
+def test_names_and_shapes_are_those_of_transformers(family: str, is_tied: bool, has_bias: bool) -> None:
     architecture = f"{family}ForCausalLM"
-    config = msgspec.structs.replace(CONFIG, architecture=architecture, tie_word_embeddings=is_tied)
+    has_bias = has_bias and family not in ("Mistral", "Phi3")  # transformers gives them none
+    config = msgspec.structs.replace(
+        CONFIG, architecture=architecture, tie_word_embeddings=is_tied, attention_bias=has_bias
+    )
     model_class = getattr(transformers, architecture)
     keys = {name: getattr(config, name) for name in ModelConfig.__struct_fields__[1:10]}
+    keys |= {"pad_token_id": 0, "tie_word_embeddings": is_tied, "attention_bias": has_bias}
     with torch.device("meta"):
-        model = model_class(model_class.config_class(**keys, tie_word_embeddings=is_tied))
+        model = model_class(model_class.config_class(**keys))
     expected = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
     source = DummySource(config)
     assert {name: source.shape(name) for name in source.names()} == expected
+
+
+def test_internlm2_has_names_of_its_own() -> None:
+    config = msgspec.structs.replace(CONFIG, architecture="InternLM2ForCausalLM", num_hidden_layers=1)
+    source = DummySource(config)
+    assert {name: source.shape(name) for name in source.names()} == {
+        "model.tok_embeddings.weight": (128, 64),
+        "model.layers.0.attention.wqkv.weight": (64 + 2 * 32, 64),
+        "model.layers.0.attention.wo.weight": (64, 64),
+        "model.layers.0.feed_forward.w1.weight": (96, 64),
+        "model.layers.0.feed_forward.w3.weight": (96, 64),
+        "model.layers.0.feed_forward.w2.weight": (64, 96),
+        "model.layers.0.attention_norm.weight": (64,),
+        "model.layers.0.ffn_norm.weight": (64,),
+        "model.norm.weight": (64,),
+        "output.weight": (128, 64),
+    }
 
 
 def test_biases_follow_the_config() -> None:
