@@ -3,9 +3,10 @@
     python benchmarks/scheduler_cost.py [--repeat 30] [--out FILE.json] [--plot FILE.svg]
 
 Prints one JSON object, all times in ms: schedule() and update() by number of running decode requests, with an
-unused and with a full KV pool (slots must be evicted first); the radix match of a 32k-token prompt by size of
-the tree; add() with many waiting. Medians of `--repeat` runs, and the best one, which a busy machine spoils
-least.
+unused and with a full KV pool (slots must be evicted first); a whole turn of the engine's loop without the
+model, but with codec and socket; the radix match of a 32k-token prompt by size of the tree, whose branches
+all leave the prompt's own path; add() with many waiting. Medians of `--repeat` runs, and the best one, which
+a busy machine spoils least.
 """
 
 import argparse
@@ -13,17 +14,23 @@ import json
 import random
 import statistics
 import sys
+import tempfile
 import time
 from array import array
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 
+import zmq
 from machine import describe_run
 from svg_plot import Panel, write_svg
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lightllm.messages import EngineRequest, ScheduledBatch, StepOutput
+from lightllm.engine.core import Engine
+from lightllm.engine.executor import Executor, Pending
+from lightllm.engine.link import ZmqLink
+from lightllm.messages import EngineInfo, EngineRequest, ScheduledBatch, StepOutput
 from lightllm.sampling_params import SamplingParams
 from lightllm.scheduler.radix_tree import RadixTree
 from lightllm.scheduler.scheduler import Scheduler, SchedulerConfig
@@ -32,6 +39,7 @@ from lightllm.server.child import settle_memory
 PROMPT_TOKENS = 64
 MATCH_TOKENS = 32_768
 REQUESTS = (1, 4, 16, 64, 256, 512, 1024, 2048, 4096)
+ENGINE_REQUESTS = (1, 64, 256, 1024)
 TREE_TOKENS = (1_000, 3_000, 10_000, 30_000, 100_000, 300_000, 1_000_000)
 
 
@@ -45,6 +53,7 @@ def main() -> None:
     report = {
         **describe_run(),
         "step_ms": [step_cost(n, args.repeat) for n in REQUESTS],
+        "engine_step_ms": [engine_cost(n, args.repeat) for n in ENGINE_REQUESTS],
         "radix_match_32k_ms": [match_cost(n, args.repeat) for n in TREE_TOKENS],
         "add_ms": [add_cost(n) for n in (256, 4096)],
     }
@@ -161,6 +170,65 @@ def step_cost(num_running: int, repeat: int) -> dict[str, object]:
     fill(num_running)
     prefill()
     return {"num_running": num_running, "pool_unused": unused, "pool_full": measure()}
+
+
+class NoModel(Executor):
+    """Has the result of a step at once; its own time is measured, to be subtracted."""
+
+    def __init__(self) -> None:
+        self.own_s = 0.0
+
+    def submit(self, batch: ScheduledBatch) -> Pending:
+        """Make up the result, as a Future that is done."""
+        started = time.perf_counter()
+        done: Future[StepOutput] = Future()
+        done.set_result(result(batch))
+        self.own_s += time.perf_counter() - started
+        return done
+
+    def info(self) -> EngineInfo:
+        """Not asked for here."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
+def engine_cost(num_running: int, repeat: int) -> dict[str, object]:
+    """One turn of the engine's loop, codec and socket included, at so many decode requests."""
+    config = SchedulerConfig(
+        num_slots=num_running * (2 * PROMPT_TOKENS + 4 * repeat),
+        max_running=num_running,
+        batch_max_tokens=PROMPT_TOKENS * num_running,
+        chunked_prefill_size=PROMPT_TOKENS,
+        max_req_total_len=PROMPT_TOKENS + 4 * repeat,
+        max_queued_requests=num_running,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        frontend = zmq.Context()
+        inbox = frontend.socket(zmq.PULL)
+        inbox.bind(f"ipc://{folder}/frontend")
+        executor, link = NoModel(), ZmqLink(f"ipc://{folder}/engine", f"ipc://{folder}/frontend")
+        engine = Engine(Scheduler(config), executor, link)
+        for i in range(num_running):
+            params = SamplingParams(max_new_tokens=3 * repeat, ignore_eos=True)
+            prompt = [i, *range(PROMPT_TOKENS - 1)]
+            request = EngineRequest(
+                request_id=f"req_{i:032x}", prompt_token_ids=prompt, sampling_params=params
+            )
+            engine.scheduler.add(request, time.time())
+        durations = []
+        for step in range(repeat + 3):
+            executor.own_s, started = 0.0, time.perf_counter()
+            engine.step()
+            duration_s = time.perf_counter() - started - executor.own_s
+            if step >= 3:  # before it: the prompts, and the pipeline's first steps
+                durations.append(duration_s)
+                inbox.recv()
+        link.close()
+        frontend.destroy(linger=0)
+    best, median = in_ms(min(durations)), in_ms(statistics.median(durations))
+    return {"num_running": num_running, "median": median, "best": best}
 
 
 def match_cost(tree_tokens: int, repeat: int) -> dict[str, object]:

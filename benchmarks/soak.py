@@ -339,6 +339,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path)
     args, flags = parser.parse_known_args()
+    described = describe_run()
     with tempfile.TemporaryDirectory() as folder:
         process, port = start_server(Path(folder), flags)
         try:
@@ -349,7 +350,7 @@ def main() -> int:
         log = (Path(folder) / "log").read_text()
     problems = breaches(result)
     problems += [line for line in log.splitlines() if "ERROR" in line or "Traceback" in line][:20]
-    report = {**describe_run(), "breaches": problems, "exit_code_of_server": process.returncode, **result}
+    report = {**described, "breaches": problems, "exit_code_of_server": process.returncode, **result}
     text = json.dumps({name: value for name, value in report.items() if name != "curve"}, indent=1)
     print(text)
     if args.out:

@@ -65,10 +65,10 @@ def _draw(panel: Panel) -> str:
     out = [TEXT.format(LEFT, TOP - 14, "start", f"<tspan font-weight='bold'>{escape(panel.title)}</tspan>")]
     for tick in x.ticks:
         out.append(GRID.format(x.pixel(tick), TOP, x.pixel(tick), HEIGHT - BOTTOM))
-        out.append(TEXT.format(x.pixel(tick), HEIGHT - BOTTOM + 14, "middle", f"{tick:g}"))
+        out.append(TEXT.format(x.pixel(tick), HEIGHT - BOTTOM + 14, "middle", _short(tick)))
     for tick in y.ticks:
         out.append(GRID.format(LEFT, y.pixel(tick), WIDTH - RIGHT, y.pixel(tick)))
-        out.append(TEXT.format(LEFT - 5, y.pixel(tick) + 4, "end", f"{tick:g}"))
+        out.append(TEXT.format(LEFT - 5, y.pixel(tick) + 4, "end", _short(tick)))
     out.append(TEXT.format((LEFT + WIDTH) / 2, HEIGHT - 14, "middle", escape(panel.x_label)))
     out.append(
         f'<text transform="translate(14,{HEIGHT / 2}) rotate(-90)" text-anchor="middle">'
@@ -77,14 +77,22 @@ def _draw(panel: Panel) -> str:
     if panel.limit:
         name, value = panel.limit
         out.append(GRID.format(LEFT, y.pixel(value), WIDTH - RIGHT, y.pixel(value)).replace("#ddd", "#555"))
-        out.append(TEXT.format(WIDTH - RIGHT, y.pixel(value) - 4, "end", escape(name)))
+        out.append(TEXT.format(LEFT + 4, y.pixel(value) + 13, "start", escape(name)))
     for i, (name, line) in enumerate(panel.series.items()):
         color = COLORS[i % len(COLORS)]
         drawn = [p for p in line if not panel.is_log or min(p) > 0]
         out.append(LINE.format(color, " ".join(f"{x.pixel(a):.1f},{y.pixel(b):.1f}" for a, b in drawn)))
         label = f'<tspan fill="{color}">{escape(name)}</tspan>'
-        out.append(TEXT.format(LEFT + 8, TOP + 14 * (i + 1), "start", label))
+        out.append(TEXT.format(WIDTH - RIGHT - 4, HEIGHT - BOTTOM - 8 - 14 * i, "end", label))
     return "".join(out)
+
+
+def _short(value: float) -> str:
+    """A number as an axis shows it: 20k, 1M."""
+    for unit, size in (("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:g}{unit}"
+    return f"{value:g}"
 
 
 def _nice_step(largest: float) -> float:

@@ -48,18 +48,23 @@ TURN_AWAY_S = 1.0
 
 
 class HttpTransport:
-    """The client of one request on our own protocol; see `transport.ClientTransport`."""
+    """The client of one request on our own protocol; see `transport.ClientTransport`.
+
+    Frames written in one turn of the event loop leave together: a frontend that is behind writes less often.
+    """
 
     def __init__(self, protocol: "LightLLMProtocol", cycle: RequestResponseCycle) -> None:
         self.is_gone = False
         self.fault: LightLLMError | None = None
         self.written_s = time.monotonic()
+        self._loop = protocol.loop
         self._transport = protocol.transport
         self._flow = protocol.flow
         self._cycle = cycle
         self._is_chunked = cycle.scope["http_version"] != "1.0"
         self._is_open = False
-        self._kept: list[bytes] = []
+        # Written, but not sent yet.
+        self._frames: list[bytes] = []
         self._callbacks: list[Callable[[], None]] = []
 
     async def open(self, status: int, headers: Iterable[Header]) -> None:
@@ -70,18 +75,21 @@ class HttpTransport:
             self._cycle.keep_alive = False
         await self._cycle.send({"type": "http.response.start", "status": status, "headers": list(headers)})
         self._is_open = True
-        kept, self._kept = self._kept, []
-        for data in kept:
-            self.write(data)
+        self._flush()
 
     def write(self, data: bytes) -> None:
         """Send one frame of the body; never blocks, cuts off a client that does not read."""
         self.written_s = time.monotonic()
-        if not self._is_open:
-            self._kept.append(data)
+        if self._is_open and not self._frames:
+            self._loop.call_soon(self._flush)
+        self._frames.append(data)
+
+    def _flush(self) -> None:
+        frames = self._frames
+        if not frames or self.is_gone:
             return
-        if self.is_gone:
-            return
+        data = frames[0] if len(frames) == 1 else b"".join(frames)
+        frames.clear()
         self._transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._is_chunked else data)
         if self._flow.write_paused and self._transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
             logger.warning("a client does not read its answer: connection cut at %d bytes", MAX_UNSENT_BYTES)
@@ -90,6 +98,7 @@ class HttpTransport:
 
     async def finish(self, *, close: bool = False) -> None:
         """End the body; with `close` the connection too."""
+        self._flush()
         if self.is_gone:
             return
         if close:

@@ -51,14 +51,19 @@ class RadixTree:
         Returns:
             The node that ends exactly with the prefix (split off if need be) and the prefix's slots.
         """
-        node, slots = self.root, array("i")
-        while len(slots) < limit:
-            child = node.children.get(token_ids[len(slots)])
+        node, length = self.root, 0
+        slots = array("i")
+        while length < limit:
+            child = node.children.get(token_ids[length])
             if child is None:
                 break
-            size = _common_size(child.token_ids, token_ids, len(slots), limit)
-            node = child if size == len(child.token_ids) else self._split(child, size)
-            slots.extend(node.slots)
+            stop = length + len(child.token_ids)
+            if stop > limit or child.token_ids != token_ids[length:stop]:
+                size = _common_size(child.token_ids, token_ids, length, limit)
+                child = self._split(child, size)
+                stop = length + size
+            slots.extend(child.slots)
+            node, length = child, stop
         return node, slots
 
     def match_length(self, token_ids: array[int], limit: int) -> int:

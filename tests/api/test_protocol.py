@@ -5,6 +5,7 @@ import socket
 
 import pytest
 
+from lightllm.messages import RequestOutput
 from tests.api.wire import code_of, post, run, wait_for
 
 
@@ -23,6 +24,40 @@ def test_frames_are_chunks_and_the_connection_lives_on() -> None:
                 assert data.startswith(b'data:{"token":{"id":')
             await wire.send(post("/generate"))
             assert json.loads((await wire.answer())[2])["generated_text"] == ["he"]
+
+    run(test)
+
+
+def test_frames_of_one_turn_leave_in_one_chunk() -> None:
+    async def test(context, connect) -> None:
+        submitted = []
+        context.engine.submit = lambda request, sink: submitted.append((request, sink))
+        wire = await connect()
+        await wire.send(post("/generate_stream", b'{"inputs":"hi","parameters":{"max_new_tokens":7}}'))
+        await wait_for(lambda: submitted)
+        request, sink = submitted[0]
+
+        def put(text: bytes, reason: str | None = None) -> None:
+            for byte in text:
+                is_last = byte == text[-1]
+                sink.on_output(
+                    RequestOutput(
+                        request_id=request.request_id,
+                        new_token_ids=[byte],
+                        finish_reason=reason if is_last else None,
+                    )
+                )
+
+        chunks = []
+        for text, reason in ((b"ab", None), (b"c", None), (b"defg", "length")):
+            put(text, reason)
+            if not chunks:
+                await wire.reader.readuntil(b"\r\n\r\n")
+            size = int(await wire.reader.readline(), 16)
+            frames = (await wire.reader.readexactly(size + 2)).removesuffix(b"\n\n\r\n").split(b"\n\n")
+            chunks.append([json.loads(frame.removeprefix(b"data:"))["token"]["text"] for frame in frames])
+        assert chunks == [["a", "b"], ["c"], ["d", "e", "f", "g"]]
+        assert await wire.reader.readline() == b"0\r\n"
 
     run(test)
 
