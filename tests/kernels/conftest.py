@@ -6,8 +6,6 @@ The interpreter has no bfloat16 arithmetic, so that dtype needs the `gpu` marker
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="kernels need triton, which is not installed here")
-
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
