@@ -25,11 +25,15 @@ WILDCARDS = ("0.0.0.0", "::")
 
 
 class Machine(msgspec.Struct, frozen=True, kw_only=True):
-    """What resolution needs to know of this machine; `server.machine.probe` finds it out."""
+    """What resolution needs to know of this machine; `server.machine.probe` finds it out.
+
+    `gpu_obstacle` says why the visible GPUs cannot be used with what is installed; empty if they can.
+    """
 
     num_cores: int
     num_physical_cores: int
     num_gpus: int
+    gpu_obstacle: str = ""
 
 
 class Resolution(msgspec.Struct, frozen=True, kw_only=True):
@@ -100,9 +104,11 @@ def _device(wanted: str, machine: Machine) -> str:
         raise ConfigError(
             "--device cuda: no GPU is visible; check the driver and CUDA_VISIBLE_DEVICES, or use --device cpu"
         )
+    if wanted == "cuda" and machine.gpu_obstacle:
+        raise ConfigError(f"--device cuda: {machine.gpu_obstacle}; or use --device cpu")
     if wanted != "auto":
         return wanted
-    return "cuda" if machine.num_gpus else "cpu"
+    return "cuda" if machine.num_gpus and not machine.gpu_obstacle else "cpu"
 
 
 def _not_built(config: Config, device: str, spelled: dict[str, str]) -> list[str]:
@@ -302,6 +308,8 @@ def _warnings(case: _Case) -> list[str]:
     graph = case.given(*(spec.name for spec in FLAGS.values() if spec.section == "graph"))
     if graph and case.device == "cpu":
         found.append(f"{', '.join(graph)}: no effect on a CPU, which has no CUDA graphs")
+    if engine.device == "auto" and case.machine.num_gpus and case.machine.gpu_obstacle:
+        found.append(f"--device auto: a GPU is visible but not used: {case.machine.gpu_obstacle}")
     limit = _max_req_total_len(case)
     if case.given("max_req_total_len") and limit < engine.max_req_total_len:
         source = "--max_total_token_num" if limit == engine.max_total_token_num else "the model's context"

@@ -121,6 +121,11 @@ def test_a_visible_gpu_is_used_unless_told_otherwise():
         assert result.warnings == []
     assert run("--device cpu", machine=GPU).config.engine.device == "cpu"
     assert run("--disable_cudagraph --attention_backend triton", machine=GPU).warnings == []
+    crippled = msgspec.structs.replace(GPU, gpu_obstacle="triton is not installed")
+    result = run("", machine=crippled)
+    assert result.config.engine.device == "cpu"
+    assert "triton is not installed" in result.warnings[0]
+    assert "triton is not installed" in refusal("--device cuda", machine=crippled)
     assert refusal("--attention_backend flashinfer", machine=GPU).startswith("--attention_backend: not impl")
     assert "no GPU" in refusal("--device cuda")
     assert "no GPU" in refusal("--device cuda --dry_run")

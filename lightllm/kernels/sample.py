@@ -30,14 +30,15 @@ def _weights(row, start, vocab_size, best, temperature, BLOCK: tl.constexpr):
 @triton.jit
 def _above(row, vocab_size, best, temperature, bits, BLOCK: tl.constexpr):
     """Number and total weight of the tokens whose weight has at least these bits."""
-    count = 0
-    mass = 0.0
+    # One sum across the program at the end: it costs more than a block's arithmetic.
+    counts = tl.zeros([BLOCK], tl.int32)
+    masses = tl.zeros([BLOCK], tl.float32)
     for start in range(0, vocab_size, BLOCK):
         _ids, mask, weights = _weights(row, start, vocab_size, best, temperature, BLOCK)
         is_above = mask & (weights.to(tl.int32, bitcast=True) >= bits)
-        count += tl.sum(is_above.to(tl.int32), 0)
-        mass += tl.sum(tl.where(is_above, weights, 0.0), 0)
-    return count, mass
+        counts += is_above.to(tl.int32)
+        masses += tl.where(is_above, weights, 0.0)
+    return tl.sum(counts, 0), tl.sum(masses, 0)
 
 
 @triton.jit

@@ -5,6 +5,8 @@ Containers are honoured: CPU affinity, CPU quota and memory limit of the control
 doctor`.
 """
 
+import importlib.metadata
+import importlib.util
 import os
 import re
 import socket
@@ -20,10 +22,12 @@ DEV = Path("/dev")
 
 def probe(environ: Mapping[str, str]) -> Machine:
     """Find out what `resolve` needs to know."""
+    num_gpus = visible_gpus(environ.get("CUDA_VISIBLE_DEVICES"), installed_gpus())
     return Machine(
         num_cores=logical_cores(),
         num_physical_cores=physical_cores(),
-        num_gpus=visible_gpus(environ.get("CUDA_VISIBLE_DEVICES"), installed_gpus()),
+        num_gpus=num_gpus,
+        gpu_obstacle=gpu_obstacle() if num_gpus else "",
     )
 
 
@@ -79,6 +83,19 @@ def visible_gpus(cuda_visible_devices: str | None, num_installed: int) -> int:
             break
         count += 1
     return count
+
+
+def gpu_obstacle() -> str:
+    """Say which package that a GPU needs is missing here; empty if none is."""
+    try:
+        torch_version = importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        return "torch is not installed"
+    if torch_version.endswith("+cpu"):
+        return f"torch {torch_version} is a build for CPUs; install a CUDA build"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; install lightllm[gpu]"
+    return ""
 
 
 def is_port_free(host: str, port: int) -> bool:

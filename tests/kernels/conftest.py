@@ -3,12 +3,8 @@
 The interpreter has no bfloat16 arithmetic, so that dtype needs the `gpu` marker.
 """
 
-import importlib.util
-
 import pytest
 import torch
-
-collect_ignore_glob = [] if importlib.util.find_spec("triton") else ["test_*.py"]
 
 
 @pytest.fixture(scope="session")

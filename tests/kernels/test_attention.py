@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
+pytest.importorskip("triton", reason="kernels need triton, which is not installed here")
+
 from lightllm.attention.registry import CUDA_BACKENDS, ORACLE, load_backend
 from lightllm.attention.self_check import START_CASE, compare
 from lightllm.attention.triton_gqa import TritonAttention, num_decode_splits

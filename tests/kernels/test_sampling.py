@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+pytest.importorskip("triton", reason="kernels need triton, which is not installed here")
+
 from lightllm.kernels import penalties, ref
 from lightllm.kernels.sample import sample_tokens
 from lightllm.sampling_params import SamplingParams

@@ -71,3 +71,19 @@ def test_port_probe():
         assert not machine.is_port_free("127.0.0.1", taken.getsockname()[1])
     assert machine.is_port_free("127.0.0.1", 0)
     assert not machine.is_port_free("192.0.2.1", 0)
+
+
+@pytest.mark.parametrize(
+    ("version", "has_triton", "obstacle"),
+    [
+        ("2.11.0+cpu", True, "build for CPUs"),
+        ("2.11.0", False, "triton is not installed"),
+        ("2.11.0", True, ""),
+    ],
+)
+def test_what_keeps_a_gpu_from_being_used(monkeypatch, version: str, has_triton: bool, obstacle: str):
+    monkeypatch.setattr("importlib.metadata.version", lambda name: version)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if has_triton else None)
+    found = machine.gpu_obstacle()
+    assert obstacle in found
+    assert bool(found) == bool(obstacle)
