@@ -38,7 +38,7 @@ def _apply_kernel(logits, lines, penalties, counts, vocab_size, stride, BLOCK: t
     seen = tl.load(counts + i.to(tl.int64) * vocab_size + ids, mask, other=0)
     count = seen // 2
     value = tl.load(logits + line * stride + ids, mask, other=0.0)
-    repeated = tl.where(value > 0.0, value / repetition, value * repetition)
+    repeated = tl.minimum(tl.where(value > 0.0, value / repetition, value * repetition), 1e30)
     value = tl.where(seen > 0, repeated, value)
     value -= tl.where(count > 0, frequency * count + presence, 0.0)
     tl.store(logits + line * stride + ids, value, mask)
@@ -54,7 +54,8 @@ def penalise_(
         lines: [n] int32, which rows of it.
         token_table: [num_rows, width] int32.
         spans: [n, 3] int32: row of the token table, first position that presence and frequency count, length.
-        params: [n, 3] float32: repetition, presence and frequency penalty.
+        params: [n, 3] float32: repetition (at least 1e-30), presence and frequency penalty. What repetition
+            makes of a logit is cut at 1e30.
         longest: at least the largest length.
     """
     n, vocab_size = lines.shape[0], logits.shape[1]

@@ -165,7 +165,9 @@ def penalise_(
         token_ids = token_table[row, :length].long()
         seen = torch.unique(token_ids)
         values = logits[line, seen]
-        logits[line, seen] = torch.where(values > 0, values / repetition, values * repetition)
+        logits[line, seen] = torch.where(values > 0, values / repetition, values * repetition).clamp_(
+            max=1e30
+        )
         ids, counts = torch.unique(token_ids[counted_from:], return_counts=True)
         logits[line, ids] -= frequency * counts + presence
 

@@ -16,6 +16,7 @@ from lightllm.kernels.sample import sample_tokens
 from lightllm.messages import TokenLogprobs
 from lightllm.worker.device_tables import DeviceTables
 from lightllm.worker.sampler import (
+    MIN_PENALTY,
     PIPELINE,
     RowState,
     SamplingRow,
@@ -114,7 +115,9 @@ class DeviceSampler:
         params = [states[i].params for i in active]
         starts = [0 if states[i].params.input_penalty else states[i].num_prompt_tokens for i in active]
         spans = np.stack([rows[active], starts, lengths[active]], axis=1).astype(np.int32)
-        weights = [(p.repetition_penalty, p.presence_penalty, p.frequency_penalty) for p in params]
+        weights = [
+            (max(p.repetition_penalty, MIN_PENALTY), p.presence_penalty, p.frequency_penalty) for p in params
+        ]
         penalise_(
             logits,
             self.device.upload(np.array(active, dtype=np.int32)),

@@ -19,6 +19,8 @@ from lightllm.sampling_params import SamplingParams
 NUM_CANDIDATES = 1024
 # Larger logits are cut to this: an infinite one would make the softmax of its row undefined.
 MAX_LOGIT = 1e30
+# A repetition penalty that float32 can still divide by; zero times minus infinity would be no number.
+MIN_PENALTY = 1e-30
 
 
 @dataclass(slots=True)
@@ -225,10 +227,8 @@ def penalise_row(logits: Tensor, row: SamplingRow) -> None:
     token_ids = row.read_tokens()
     if params.repetition_penalty != 1.0:
         seen = torch.unique(token_ids)
-        values = logits[seen]
-        logits[seen] = torch.where(
-            values > 0, values / params.repetition_penalty, values * params.repetition_penalty
-        ).clamp_(max=MAX_LOGIT)
+        values, penalty = logits[seen], max(params.repetition_penalty, MIN_PENALTY)
+        logits[seen] = torch.where(values > 0, values / penalty, values * penalty).clamp_(max=MAX_LOGIT)
     counted = token_ids if params.input_penalty else token_ids[row.state.num_prompt_tokens :]
     if len(counted) and (params.frequency_penalty or params.presence_penalty):
         ids, counts = torch.unique(counted, return_counts=True)
