@@ -226,12 +226,10 @@ def check_gpu(case: Case) -> Iterator[Finding]:
         yield Finding("gpu", FAIL, text, "install or load the NVIDIA driver, or use --device cpu")
     else:
         yield Finding("gpu", OK, f"{visible} of {installed} visible, driver {driver[1]}")
-    if obstacle := machine.gpu_obstacle():
-        yield Finding(
-            "gpu", WARN, f"not used by --device auto: {obstacle}", "install it, or use --device cpu"
-        )
     pipes = Path(case.environ.get("CUDA_MPS_PIPE_DIRECTORY") or "/tmp/nvidia-mps")
     yield Finding("mps", OK, "on" if (pipes / "control").exists() else "off")
+    if obstacle := machine.gpu_obstacle():
+        yield Finding("gpu", WARN, f"not used: {obstacle}", "or choose --device cpu")
 
 
 def check_shared_memory(case: Case) -> Iterator[Finding]:

@@ -120,6 +120,7 @@ def test_gpu_driver_and_mps(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor.machine, "installed_gpus", lambda: 0)
     assert only(doctor.check_gpu, case()).text == "no NVIDIA GPU: the CPU computes"
     monkeypatch.setattr(doctor.machine, "installed_gpus", lambda: 2)
+    monkeypatch.setattr(doctor.machine, "gpu_obstacle", lambda: "")
     driver = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.82.07  Release Build\n"
     monkeypatch.setattr(doctor, "_read", lambda path: driver)
     environ = {"CUDA_VISIBLE_DEVICES": "1", "CUDA_MPS_PIPE_DIRECTORY": str(tmp_path)}
@@ -128,6 +129,8 @@ def test_gpu_driver_and_mps(monkeypatch, tmp_path):
     assert mps.text == "off"
     (tmp_path / "control").touch()
     assert list(doctor.check_gpu(case(**environ)))[1].text == "on"
+    monkeypatch.setattr(doctor.machine, "gpu_obstacle", lambda: "triton is not installed")
+    assert list(doctor.check_gpu(case(**environ)))[2].text == "not used: triton is not installed"
     monkeypatch.setattr(doctor, "_read", lambda path: "")
     assert next(iter(doctor.check_gpu(case()))).status == FAIL
 
