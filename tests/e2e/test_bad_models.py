@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lightllm.model_config import ModelConfig
+from lightllm.models import tensor_shapes
 from lightllm.server.model_files import locate_model
 from lightllm.weights.dummy import DummySource
 from tests.e2e.conftest import TINY_CONFIG
@@ -24,7 +25,8 @@ DOWN = "model.layers.1.mlp.down_proj.weight"
 def folder(tmp_path: Path) -> Path:
     """A whole HF model in two shards."""
     config = {**TINY_CONFIG, "vocab_size": 49152}
-    source = DummySource(ModelConfig.from_hf(config))
+    model = ModelConfig.from_hf(config)
+    source = DummySource(tensor_shapes(model), model.dtype)
     tensors = {name: source.load(name) for name in source.names()}
     files = {name: f"model-{i % 2}.safetensors" for i, name in enumerate(tensors)}
     for file in ("model-0.safetensors", "model-1.safetensors"):
