@@ -60,10 +60,14 @@ def prompt(number: int, num_words: int) -> str:
     )
 
 
-async def run_request(port: int, model: str, text: str, num_tokens: int) -> dict[str, float]:
+async def run_request(
+    port: int, model: str, text: str, num_tokens: int, banned: list[str]
+) -> dict[str, float]:
     """One greedy stream over a connection of its own; times in seconds after sending."""
     body = {"model": model, "prompt": text, "max_tokens": num_tokens, "temperature": 0, "stream": True}
     body |= {"ignore_eos": True, "stream_options": {"include_usage": True}}
+    if banned:
+        body["logit_bias"] = dict.fromkeys(banned, -100)
     data = json.dumps(body).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nConnection: close\r\n"
     head += f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
@@ -88,14 +92,14 @@ async def run_request(port: int, model: str, text: str, num_tokens: int) -> dict
     return {"ttft": first, "last": last, "tokens": float(tokens or frames)}
 
 
-async def run_load(port: int, model: str, load: str, offset: int) -> dict[str, float]:
+async def run_load(port: int, model: str, load: str, offset: int, banned: list[str]) -> dict[str, float]:
     """A closed loop; tokens per second from the first send to the last byte."""
     clients, requests, num_words, num_tokens = LOADS[load]
     numbers, done = iter(range(offset, offset + requests)), []
 
     async def client() -> None:
         for number in numbers:
-            done.append(await run_request(port, model, prompt(number, num_words), num_tokens))
+            done.append(await run_request(port, model, prompt(number, num_words), num_tokens, banned))
 
     began = time.perf_counter()
     await asyncio.gather(*(client() for _ in range(clients)))
@@ -135,7 +139,7 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def measure(command: str, model: str, loads: list[str], offset: int) -> dict[str, object]:
+def measure(command: str, model: str, loads: list[str], offset: int, banned: list[str]) -> dict[str, object]:
     """Start a server, run all loads, stop it."""
     port = free_port()
     began = time.perf_counter()
@@ -148,16 +152,16 @@ def measure(command: str, model: str, loads: list[str], offset: int) -> dict[str
     try:
         while True:
             try:
-                asyncio.run(run_request(port, model, "What is AI?", 2))
+                asyncio.run(run_request(port, model, "What is AI?", 2, banned))
                 break
             except (OSError, RuntimeError, ValueError) as error:
                 if process.poll() is not None or time.perf_counter() - began > 300:
                     raise SystemExit(f"{command}: no answer: {error}") from error
                 time.sleep(0.05)
         result: dict[str, object] = {"start_to_first_answer_s": time.perf_counter() - began}
-        asyncio.run(run_request(port, model, prompt(99_999, 0), 8))
+        asyncio.run(run_request(port, model, prompt(99_999, 0), 8, banned))
         for load in loads:
-            result[load] = asyncio.run(run_load(port, model, load, offset))
+            result[load] = asyncio.run(run_load(port, model, load, offset, banned))
             offset += LOADS[load][1]
         result["pss_mib"] = tree_pss_mib(process.pid)
         return result
@@ -187,18 +191,25 @@ def main() -> None:
     parser.add_argument(
         "--model", action="append", default=[], metavar="NAME=MODEL", help="as its API calls it"
     )
+    parser.add_argument(
+        "--end_token",
+        action="append",
+        default=[],
+        metavar="NAME=ID",
+        help="of a server that does not obey ignore_eos: forbidden by a bias",
+    )
     parser.add_argument("--loads", default="streams_1,streams_16", help=", ".join(LOADS))
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     servers = dict(pair.split("=", 1) for pair in args.server)
     models = dict(pair.split("=", 1) for pair in args.model)
+    banned = {name: [p.split("=")[1] for p in args.end_token if p.startswith(f"{name}=")] for name in servers}
     runs: dict[str, list[dict[str, object]]] = {name: [] for name in servers}
     for round_number in range(args.rounds):
         for name, command in servers.items():
-            result = measure(
-                command, models.get(name, "default_model_name"), args.loads.split(","), 1000 * round_number
-            )
+            model = models.get(name, "default_model_name")
+            result = measure(command, model, args.loads.split(","), 1000 * round_number, banned[name])
             runs[name].append(result)
             print(name, json.dumps(result), flush=True)
     report = {**describe_run(), "loads": {name: LOADS[name] for name in args.loads.split(",")}}

@@ -45,6 +45,7 @@ def _kinds() -> dict[str, ErrorKind]:
         (431, "invalid_request_error", "headers_too_large"),
         (500, "server_error", "internal"),
         (503, "server_error", "loading draining engine_down no_nodes node_lost"),
+        (503, "server_error", "kv_full kv_transfer_failed lease_expired"),
         (504, "timeout_error", "deadline"),
     ]
     return {code: ErrorKind(status, kind) for status, kind, codes in groups for code in codes.split()}

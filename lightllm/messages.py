@@ -17,7 +17,8 @@ from lightllm.sampling_params import SamplingParams
 
 PROTOCOL_VERSION = 1
 
-FINISH_REASONS = ("stop", "length", "abort", "error")
+FINISH_REASONS = ("stop", "length", "abort", "error", "handed_over")
+"""`handed_over` never reaches a client: a prefill node's request whose KV the decode node has taken."""
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
@@ -43,7 +44,11 @@ class Grammar(Part):
 
 
 class KVTarget(Part):
-    """Where a prefill node ships the KV of a request."""
+    """To where a prefill node ships the KV of a request: the link that it dials, and what is there already.
+
+    The node is another one than ours; `ticket` is what both ends of one transfer were told by the master, valid
+    once. The first `num_cached_tokens` tokens need not be sent.
+    """
 
     node_id: str
     epoch: int
@@ -53,13 +58,11 @@ class KVTarget(Part):
 
 
 class KVSource(Part):
-    """From where a decode node receives the KV of a request."""
+    """From whom a decode node receives the KV of a request: only this node in this epoch with this ticket."""
 
     node_id: str
     epoch: int
-    address: str
     ticket: str
-    num_tokens: int
 
 
 class EngineRequest(Message):
@@ -97,6 +100,12 @@ class AbortRequest(Message):
 
 class AbortAll(Message):
     """Sent by a frontend when it starts: whatever the engine still holds belongs to nobody any more."""
+
+
+class RenewLeases(Message):
+    """These requests are still wanted. One that sends or receives KV ends when its lease is not renewed."""
+
+    request_ids: list[str]
 
 
 class Ping(Message):
@@ -163,6 +172,13 @@ class EngineOutput(Message):
 
     outputs: list[RequestOutput]
     stats: EngineStats
+
+
+class KVReserved(Message):
+    """A request with `recv_kv_from` has its slots; KV may come, but for the first `num_cached_tokens` tokens."""
+
+    request_id: str
+    num_cached_tokens: int
 
 
 class Pong(Message):
@@ -261,8 +277,26 @@ class StepOutput(Message):
 # ---------------------------------------------------------------- supervisor <-> its children
 
 
+class KVLayout(Part):
+    """The record in which nodes of one model must agree before KV may move between them."""
+
+    model_hash: str
+    tokenizer_hash: str
+    vocab_size: int
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: str
+    kv_dtype: str
+    tp_size: int
+    quantization: str = "none"
+
+
 class EngineInfo(Part):
-    """What the rest of the node needs to know of a ready engine."""
+    """What the rest of the node needs to know of a ready engine.
+
+    `kv_address` is where its KV link listens, empty where it has none; `kv_layout` what its peers must agree on.
+    """
 
     device: str
     dtype: str
@@ -271,6 +305,8 @@ class EngineInfo(Part):
     vocab_size: int
     load_s: float
     attention_backend: str
+    kv_address: str = ""
+    kv_layout: KVLayout | None = None
 
 
 class ChildConfig(Message):
@@ -339,21 +375,6 @@ class NodeLoad(Part):
     kv_free_tokens: int = 0
 
 
-class KVLayout(Part):
-    """The record in which nodes of one model must agree before KV may move between them."""
-
-    model_hash: str
-    tokenizer_hash: str
-    vocab_size: int
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    dtype: str
-    kv_dtype: str
-    tp_size: int
-    quantization: str = "none"
-
-
 class NodeRecord(Part):
     """A node as pd_master and config_server know it."""
 
@@ -366,8 +387,8 @@ class NodeRecord(Part):
     protocol_version: int = PROTOCOL_VERSION
 
 
-ToEngine = EngineRequest | AbortRequest | AbortAll | Ping
-FromEngine = EngineOutput | Pong
+ToEngine = EngineRequest | AbortRequest | AbortAll | RenewLeases | Ping
+FromEngine = EngineOutput | KVReserved | Pong
 ToChild = ChildConfig | EngineUp | EngineDown | Drain
 FromChild = ChildProgress | ChildReady | ChildFailed
 
