@@ -87,7 +87,7 @@ async def run_request(
             first = first or last
             frames += bool(frame["choices"][0].get("text"))
     writer.close()
-    if b" 200 " not in status or not frames:
+    if b" 200 " not in status or not last:
         raise RuntimeError(f"no answer: {status!r}")
     return {"ttft": first, "last": last, "tokens": float(tokens or frames)}
 

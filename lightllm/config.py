@@ -150,7 +150,7 @@ class EngineSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     batch_max_tokens: Annotated[
         int,
         Flag(
-            "tokens computed in one step, prefill and decode together; auto = 8192 on a GPU, 128 on a CPU",
+            "tokens computed in one step, prefill and decode together; auto = 4096 on a GPU, 128 on a CPU",
             low=1,
             unset="auto",
         ),

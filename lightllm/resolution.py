@@ -17,7 +17,7 @@ from lightllm.errors import ConfigError
 from lightllm.flag import BUILT_STAGES, MAX_INT, Arguments, FlagSpec
 from lightllm.model_config import ModelConfig
 
-GPU_STEP_TOKENS, GPU_CHUNK_TOKENS = 8192, 4096
+GPU_STEP_TOKENS, GPU_CHUNK_TOKENS = 4096, 4096
 # About 250 ms of work for two cores, so that aborts and deadlines hold.
 CPU_STEP_TOKENS, CPU_CHUNK_TOKENS = 128, 128
 

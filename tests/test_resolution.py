@@ -105,7 +105,7 @@ def test_gpu_defaults(monkeypatch):
     config = run(machine=GPU).config
     assert (config.engine.device, config.engine.batch_max_tokens, config.engine.chunked_prefill_size) == (
         "cuda",
-        8192,
+        4096,
         4096,
     )
     message = refusal("--tp 4", machine=GPU)
