@@ -6,6 +6,7 @@ schedule that step before it knows them. Runs in the worker, on the device.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -38,6 +39,22 @@ class StepInputs:
     index: DeviceIndex | None = None
 
 
+class SamplingPlaces(NamedTuple):
+    """Places [p] at which a step samples, all arrays of int64.
+
+    Attributes:
+        owners: index of the request in the batch; all places of one lie together, in order.
+        tokens: index among the step's tokens, behind which the place samples.
+        rows: of the request.
+        lengths: tokens of the request up to there: the sampled one is the next.
+    """
+
+    owners: np.ndarray
+    tokens: np.ndarray
+    rows: np.ndarray
+    lengths: np.ndarray
+
+
 class RowTables:
     """Tables of all rows: `token_ids` and `slots`, [max_rows, max_len] int32, and the rows' sampling states.
 
@@ -60,6 +77,9 @@ class RowTables:
         if batch.slots:
             rows, positions = ranges(batch.rows, batch.slot_starts, batch.slot_counts)
             self.slots[rows, positions] = batch.slots
+        for i, drafts in batch.drafts.items():
+            start = batch.starts[i] + 1
+            self.token_ids[batch.rows[i], start : start + len(drafts)] = drafts
 
     def inputs(self, batch: ScheduledBatch) -> StepInputs:
         """Gather the inputs of a batch that has been applied."""
@@ -72,6 +92,20 @@ class RowTables:
             out_slots=torch.from_numpy(self.slots[rows, positions].astype(np.int64)),
             seq_lens=np.array(batch.starts) + query_lens,
             query_lens=query_lens,
+        )
+
+    def sampling_places(self, batch: ScheduledBatch, inputs: StepInputs) -> "SamplingPlaces":
+        """Where a step samples: behind the last position of a request, and of one with drafts behind each."""
+        sampling = [i for i, is_sampling in enumerate(batch.is_sampling) if is_sampling]
+        counts = np.array([len(batch.drafts.get(i, ())) + 1 for i in sampling], dtype=np.int64)
+        owners = np.repeat(np.array(sampling, dtype=np.int64), counts)
+        # Of n places of a request the first lies n - 1 before the last.
+        before_last = np.repeat(counts.cumsum(), counts) - 1 - np.arange(len(owners))
+        return SamplingPlaces(
+            owners,
+            inputs.query_lens.cumsum()[owners] - 1 - before_last,
+            inputs.rows[owners],
+            inputs.seq_lens[owners] - before_last,
         )
 
     def known_tokens(self, row: int, length: int) -> Tensor:

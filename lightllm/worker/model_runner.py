@@ -91,18 +91,23 @@ class ModelRunner(Runner):
     def _sample(
         self, batch: ScheduledBatch, inputs: StepInputs, hidden: Tensor
     ) -> tuple[list[list[int]], dict[int, list[TokenLogprobs]]]:
-        sampling = [i for i, is_sampling in enumerate(batch.is_sampling) if is_sampling]
         token_ids: list[list[int]] = [[] for _ in batch.rows]
-        if not sampling:
-            return token_ids, {}
-        last = inputs.query_lens.cumsum()[sampling] - 1
-        logits = self.model.logits(hidden[torch.from_numpy(last)])  # [n, vocab]
-        rows, lengths = inputs.rows[sampling], inputs.seq_lens[sampling]
+        logprobs: dict[int, list[TokenLogprobs]] = {}
+        if not any(batch.is_sampling):
+            return token_ids, logprobs
+        owners, tokens, rows, lengths = self.tables.sampling_places(batch, inputs)
+        logits = self.model.logits(hidden[torch.from_numpy(tokens)])  # [p, vocab]
         sampled = sample(logits, [self._sampling_row(row, n) for row, n in zip(rows, lengths, strict=True)])
+        # Behind a refuted draft this writes nonsense, which a later step writes over before it reads there.
         self.tables.append(rows, lengths, sampled.token_ids)
-        for i, token_id in zip(sampling, sampled.token_ids.tolist(), strict=True):
-            token_ids[i].append(token_id)
-        return token_ids, {sampling[j]: [entry] for j, entry in sampled.logprobs.items()}
+        for place, (i, token_id) in enumerate(zip(owners.tolist(), sampled.token_ids.tolist(), strict=True)):
+            taken = token_ids[i]
+            if taken and taken[-1] != batch.drafts[i][len(taken) - 1]:
+                continue  # what was computed here follows a token that is not there
+            taken.append(token_id)
+            if place in sampled.logprobs:
+                logprobs.setdefault(i, []).append(sampled.logprobs[place])
+        return token_ids, logprobs
 
     def _sampling_row(self, row: int, num_tokens: int) -> SamplingRow:
         return SamplingRow(self._state(row), num_tokens, partial(self.tables.known_tokens, row, num_tokens))
