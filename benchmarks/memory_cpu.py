@@ -5,7 +5,8 @@
 
 Starts the default model with room for 2,000 tokens of KV (or with the flags given), measures once it is
 ready, after a prompt of 1,900 tokens has filled the KV, and after 16 streams. PSS counts a page that n
-processes share as 1/n for each, so the sum over the tree is what the server takes.
+processes share as 1/n for each, so the sum over the tree is what the server takes; where other programs run
+that use torch too, they carry a part of its libraries, and the sum of RSS is an upper bound.
 """
 
 import argparse
@@ -55,17 +56,22 @@ def by_kind(pid: int) -> dict[str, float]:
 def measure(pid: int) -> dict[str, Any]:
     """PSS in MiB of each process of the tree, by kind, and the sum."""
     result: dict[str, Any] = {}
-    total = 0.0
+    total = total_rss = 0.0
     for child in process_tree(pid):
         command = Path(f"/proc/{child}/cmdline").read_bytes().decode().split("\0")
-        name = next((word.rpartition(".")[2] for word in command if word.startswith("lightllm.")), "other")
-        rollup = Path(f"/proc/{child}/smaps_rollup").read_text()
-        found = re.search(r"^Pss: +(\d+)", rollup, re.MULTILINE)
-        assert found is not None
-        pss = int(found[1]) / MIB
-        result[name] = {"pss_mib": round(pss, 1), **by_kind(child)}
-        total += pss
-    return {"total_pss_mib": round(total, 1), **result}
+        label = next((word.rpartition(".")[2] for word in command if word.startswith("lightllm.")), "other")
+        pss, rss = (field(child, "smaps_rollup", name) for name in ("Pss", "Rss"))
+        peak = field(child, "status", "VmHWM")
+        result[label] = {"pss_mib": pss, "rss_mib": rss, "peak_rss_mib": peak, **by_kind(child)}
+        total, total_rss = total + pss, total_rss + rss
+    return {"total_pss_mib": round(total, 1), "total_rss_mib": round(total_rss, 1), **result}
+
+
+def field(pid: int, file: str, name: str) -> float:
+    """A line of /proc/PID/FILE in MiB."""
+    found = re.search(rf"^{name}:\s+(\d+) kB", Path(f"/proc/{pid}/{file}").read_text(), re.MULTILINE)
+    assert found is not None, name
+    return round(int(found[1]) / MIB, 1)
 
 
 def main() -> None:

@@ -5,8 +5,7 @@ ScheduledBatch carries; sampled tokens are written where the next step will read
 schedule that step before it knows them. Runs in the worker, on the device.
 """
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -37,22 +36,6 @@ class StepInputs:
     seq_lens: np.ndarray
     query_lens: np.ndarray
     index: DeviceIndex | None = None
-
-
-class SamplingPlaces(NamedTuple):
-    """Places [p] at which a step samples, all arrays of int64.
-
-    Attributes:
-        owners: index of the request in the batch; all places of one lie together, in order.
-        tokens: index among the step's tokens, behind which the place samples.
-        rows: of the request.
-        lengths: tokens of the request up to there: the sampled one is the next.
-    """
-
-    owners: np.ndarray
-    tokens: np.ndarray
-    rows: np.ndarray
-    lengths: np.ndarray
 
 
 class RowTables:
@@ -94,20 +77,6 @@ class RowTables:
             query_lens=query_lens,
         )
 
-    def sampling_places(self, batch: ScheduledBatch, inputs: StepInputs) -> "SamplingPlaces":
-        """Where a step samples: behind the last position of a request, and of one with drafts behind each."""
-        sampling = [i for i, is_sampling in enumerate(batch.is_sampling) if is_sampling]
-        counts = np.array([len(batch.drafts.get(i, ())) + 1 for i in sampling], dtype=np.int64)
-        owners = np.repeat(np.array(sampling, dtype=np.int64), counts)
-        # Of n places of a request the first lies n - 1 before the last.
-        before_last = np.repeat(counts.cumsum(), counts) - 1 - np.arange(len(owners))
-        return SamplingPlaces(
-            owners,
-            inputs.query_lens.cumsum()[owners] - 1 - before_last,
-            inputs.rows[owners],
-            inputs.seq_lens[owners] - before_last,
-        )
-
     def known_tokens(self, row: int, length: int) -> Tensor:
         """The first `length` token ids of a row, [length] int64."""
         return torch.from_numpy(self.token_ids[row, :length].astype(np.int64))
@@ -126,6 +95,31 @@ def row_state(new: NewRequest) -> RowState:
         seed=new.seed,
         sample_index=new.sample_index,
     )
+
+
+def split_drafts(batch: ScheduledBatch, inputs: StepInputs) -> tuple[StepInputs, np.ndarray]:
+    """Make a sequence of its own of every position of a request with drafts.
+
+    Each then attends as a decode of its length does, to the keys that the step writes before it too: sums are
+    in the same order with drafts and without, so that tokens are the same as well.
+
+    Returns:
+        The inputs, and for each of their sequences the index of its request in the batch.
+    """
+    owners = np.arange(len(batch.rows))
+    if not batch.drafts:
+        return inputs, owners
+    counts = np.array([len(batch.drafts.get(i, ())) + 1 for i in range(len(batch.rows))])
+    owners = owners.repeat(counts)
+    # Of n sequences of a request the first ends n - 1 tokens before the last.
+    before_last = counts.cumsum()[owners] - 1 - np.arange(len(owners))
+    split = replace(
+        inputs,
+        rows=inputs.rows[owners],
+        seq_lens=inputs.seq_lens[owners] - before_last,
+        query_lens=np.where(counts > 1, 1, inputs.query_lens)[owners],
+    )
+    return split, owners
 
 
 def ranges(rows: list[int], starts: list[int], counts: list[int]) -> tuple[np.ndarray, np.ndarray]:
