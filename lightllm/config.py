@@ -58,9 +58,9 @@ class ModelSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     quant_type: Annotated[
         str,
         Flag(
-            "none = run the checkpoint as stored; others quantize at load",
-            stage="-",
+            "none = run the checkpoint as stored; w8, w4 = round float weights to 8 or 4 bits at load (CPU)",
             choices=("none", "w8", "w4", "w8a8", "fp8w8a8", "fp8w8a8-b128", "w4a16"),
+            choice_stages=tuple((word, "-") for word in ("w8a8", "fp8w8a8", "fp8w8a8-b128", "w4a16")),
         ),
     ] = "none"
     kv_cache_dtype: Annotated[
@@ -236,7 +236,10 @@ class ParallelSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         str | None, Flag("draft model, where the checkpoint carries none", stage="D", metavar="PATH")
     ] = None
     draft_ngram: Annotated[
-        int, Flag("n-gram drafting, up to this many tokens a step; 0 = off", stage="D", high=64)
+        int,
+        Flag(
+            "single streams draft up to this many tokens a step from their own text (CPU); 0 = off", high=64
+        ),
     ] = 0
 
 

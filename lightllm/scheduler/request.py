@@ -9,9 +9,13 @@ from __future__ import annotations
 import math
 from array import array
 from enum import Enum, auto
+from typing import TYPE_CHECKING
 
 from lightllm.messages import EngineRequest, NewRequest, RequestFailure, RequestOutput, TokenLogprobs
 from lightllm.scheduler.radix_tree import Node
+
+if TYPE_CHECKING:
+    from lightllm.scheduler.drafting import Drafting
 
 
 class RequestState(Enum):
@@ -47,7 +51,8 @@ class Request:
                                          known, still to be computed
         [len(token_ids), len(token_ids) + num_in_flight)
                                          sampled by steps whose results are not here yet; the next decode
-                                         step reads them on the device
+                                         step reads them on the device. Drafts count here too, until their
+                                         step's result says how many of them stay
 
     Attributes:
         rank: order of preemption and of running prefills; smaller is more urgent (see policy.py).
@@ -55,12 +60,14 @@ class Request:
         queue_s: seconds from arrival to the first admission.
         min_num_tokens: length from which an end token ends the request.
         max_num_tokens: length at which it ends in any case. The last token's KV is never needed.
+        drafting: how its tokens are drafted; None until they are.
         prompt_logprobs: by position; None where not asked for, or delivered already.
     """
 
     __slots__ = (
         "arrival_s",
         "deadline_s",
+        "drafting",
         "end_token_ids",
         "max_num_tokens",
         "min_num_tokens",
@@ -120,6 +127,7 @@ class Request:
         self.num_cached_tokens = 0
         self.queue_s = 0.0
         self.num_preemptions = 0
+        self.drafting: Drafting | None = None
 
     @property
     def num_remaining_tokens(self) -> int:

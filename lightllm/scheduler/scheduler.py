@@ -18,9 +18,6 @@ from collections.abc import Iterator
 from operator import attrgetter
 from typing import NamedTuple
 
-import msgspec
-
-from lightllm.errors import ConfigError
 from lightllm.messages import (
     EngineRequest,
     EngineStats,
@@ -31,36 +28,12 @@ from lightllm.messages import (
 )
 from lightllm.scheduler.batch import BatchColumns
 from lightllm.scheduler.cache import NullPrefixCache, PrefixCache
+from lightllm.scheduler.config import SchedulerConfig, check_config
+from lightllm.scheduler.drafting import Drafter
 from lightllm.scheduler.policy import POLICIES, WaitingQueue, urgency
 from lightllm.scheduler.request import Request, RequestState
 
 _RANK = attrgetter("rank")
-
-
-class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """Limits and switches.
-
-    Attributes:
-        num_slots: KV capacity in tokens (slots 1..num_slots).
-        max_running: rows of the worker's tables, that is, requests that run at the same time.
-        batch_max_tokens: tokens computed in one step, over all requests.
-        chunked_prefill_size: tokens of one request computed in one step.
-        max_req_total_len: prompt + output of one request.
-        max_queued_requests: how many may wait beyond those for which rows are free.
-        eos_token_ids: the model's end tokens.
-        enable_chunked_prefill: off, a prompt is computed in one step or waits.
-    """
-
-    num_slots: int
-    max_running: int
-    batch_max_tokens: int
-    chunked_prefill_size: int
-    max_req_total_len: int
-    max_queued_requests: int = 1024
-    schedule_policy: str = "fcfs"
-    eos_token_ids: list[int] = []
-    enable_prefix_cache: bool = True
-    enable_chunked_prefill: bool = True
 
 
 class Step(NamedTuple):
@@ -83,7 +56,7 @@ class Scheduler:
     """
 
     def __init__(self, config: SchedulerConfig, *, seed: int | None = None) -> None:
-        _check_config(config)
+        check_config(config)
         self._config = config
         self._cache = (PrefixCache if config.enable_prefix_cache else NullPrefixCache)(config.num_slots)
         self._queue = WaitingQueue(POLICIES[config.schedule_policy], self._cache)
@@ -91,6 +64,7 @@ class Scheduler:
         self._max_chunk = (
             config.chunked_prefill_size if config.enable_chunked_prefill else config.batch_max_tokens
         )
+        self._drafter = Drafter(config.draft_ngram) if config.draft_ngram else None
         self._seeds = random.Random(seed)
         self._eos_token_ids = frozenset(config.eos_token_ids)
 
@@ -197,8 +171,12 @@ class Scheduler:
         """
         batch = BatchColumns(self._config.batch_max_tokens)
         num_preemptions = self._num_preemptions
-        decodes = self._preempt_if_full()
-        self._add_decodes(batch, decodes)
+        decodes, drafts = self._preempt_if_full(), list[int]()
+        if self._drafter is not None:
+            room = min(self._max_chunk, batch.num_tokens_left, self._cache.num_available) - 1
+            is_alone = len(self._requests) == 1
+            decodes, drafts = self._drafter.choose(decodes, is_alone=is_alone, room=room)
+        self._add_decodes(batch, decodes, drafts)
         for request in sorted(self._prefilling.values(), key=_RANK):
             self._add_chunk(batch, request)
         if self._num_preemptions == num_preemptions:
@@ -222,6 +200,8 @@ class Scheduler:
         assert output.step_id == batch.step_id, f"result of step {output.step_id}, expected {batch.step_id}"
         self._num_steps += 1
         self._last_step = (output.duration_s, len(requests), sum(batch.num_new_tokens), phase)
+        if self._drafter is not None:
+            self._drafter.note(output, self._last_step[2])
         for index, entries in output.prompt_logprobs.items():
             requests[index].add_prompt_logprobs(batch.starts[index], entries)
         finished, waiting = RequestState.FINISHED, RequestState.WAITING
@@ -232,15 +212,19 @@ class Scheduler:
         ):
             if not is_sampling or request.state is finished:
                 continue
-            (token_id,) = new_token_ids
-            request.token_ids.append(token_id)
-            request.num_in_flight -= 1
+            if index in batch.drafts:
+                new_token_ids = self._settle_drafts(request, new_token_ids, output.duration_s)
+            else:
+                (token_id,) = new_token_ids
+                request.token_ids.append(token_id)
+                request.num_in_flight -= 1
+            self._num_generated_tokens += len(new_token_ids)
             reason = request.finish_reason()
             outputs.append(
                 RequestOutput(
                     request_id=request.request_id,
                     new_token_ids=new_token_ids,
-                    logprobs=logprobs.get(index) if logprobs else None,
+                    logprobs=logprobs[index][: len(new_token_ids)] if index in logprobs else None,
                     prompt_logprobs=request.take_prompt_logprobs() if request.prompt_logprobs else None,
                     finish_reason=reason,
                     num_cached_tokens=request.num_cached_tokens,
@@ -251,8 +235,18 @@ class Scheduler:
                 self._finish(request)
             elif request.state is waiting and not request.num_in_flight:
                 self._queue.push(request)  # preempted while this token was in flight
-        self._num_generated_tokens += len(outputs)
         return outputs
+
+    def _settle_drafts(self, request: Request, token_ids: list[int], duration_s: float) -> list[int]:
+        """Take what a step with drafts brought; returns the tokens that the request has taken."""
+        assert self._drafter is not None
+        taken = self._drafter.settle(request, token_ids, duration_s)
+        if request.state is RequestState.RUNNING:
+            # Behind the last token whose successor is known nothing is computed as it should be.
+            surplus = request.num_computed_tokens - len(request.token_ids) + 1
+            self._cache.shrink(request, surplus)
+            request.num_computed_tokens -= surplus
+        return taken
 
     # ------------------------------------------------------------ adding
 
@@ -326,12 +320,18 @@ class Scheduler:
         if not request.num_in_flight:
             self._queue.push(request)  # else update() does
 
-    def _add_decodes(self, batch: BatchColumns, requests: list[Request]) -> None:
-        """Schedule one token of each: the one sampled by its last step, known here or not."""
-        batch.add_decodes(requests, self._cache.extend_each(requests))
+    def _add_decodes(self, batch: BatchColumns, requests: list[Request], drafts: list[int]) -> None:
+        """Schedule one token of each: the one sampled by its last step, known here or not; and the drafts
+        behind it of the one request that has some."""
+        count = 1 + len(drafts)
+        if drafts:
+            self._cache.extend(requests[0], count)
+            batch.add_drafted(requests[0], drafts)
+        else:
+            batch.add_decodes(requests, self._cache.extend_each(requests))
         for request in requests:
-            request.num_computed_tokens += 1
-            request.num_in_flight += 1
+            request.num_computed_tokens += count
+            request.num_in_flight += count
 
     def _add_chunk(self, batch: BatchColumns, request: Request) -> None:
         """Schedule as many of a running request's known tokens as the step allows; may be none."""
@@ -467,18 +467,3 @@ class Scheduler:
         for request in self._requests.values():
             is_prefilling, is_decoding = (request.request_id in d for d in (self._prefilling, self._decoding))
             request.check_integrity(is_prefilling=is_prefilling, is_decoding=is_decoding)
-
-
-def _check_config(config: SchedulerConfig) -> None:
-    for name in ("num_slots", "max_running", "batch_max_tokens", "chunked_prefill_size", "max_req_total_len"):
-        value = getattr(config, name)
-        if value < 1:
-            raise ConfigError(f"{name}: got {value}, at least 1 is needed")
-    if config.schedule_policy not in POLICIES:
-        raise ConfigError(f"schedule_policy: got {config.schedule_policy}, allowed {', '.join(POLICIES)}")
-    longest = min(config.max_req_total_len, config.num_slots)
-    if not config.enable_chunked_prefill and config.batch_max_tokens < longest:
-        raise ConfigError(
-            f"--batch_max_tokens {config.batch_max_tokens} with --disable_chunked_prefill: a request of "
-            f"{longest} tokens would wait for ever; raise it to --max_req_total_len"
-        )

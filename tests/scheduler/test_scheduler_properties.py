@@ -22,6 +22,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         policy=st.sampled_from(["fcfs", "shortest_prefill"]),
         is_caching=st.sampled_from([True, True, True, False]),
         is_chunking=st.sampled_from([True, True, True, False]),
+        draft_ngram=st.sampled_from([0, 0, 1, 3, 16]),
     )
     def start(
         self,
@@ -35,6 +36,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         policy,
         is_caching,
         is_chunking,
+        draft_ngram,
     ):
         self.max_len = max(2, int(num_slots * share_of_pool))
         self.driver = Driver(
@@ -48,6 +50,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             schedule_policy=policy,
             enable_prefix_cache=is_caching,
             enable_chunked_prefill=is_chunking,
+            draft_ngram=draft_ngram,
         )
 
     @rule(
