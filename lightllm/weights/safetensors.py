@@ -6,7 +6,7 @@ them can run code.
 
 import logging
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +77,22 @@ class SafetensorsSource:
 
     def load(self, name: str) -> torch.Tensor | PackedTensor:
         """Read one tensor in its stored dtype, a floating-point one of 16 bits or more."""
+        return self._read(name, lambda handle, stored: handle.get_tensor(stored))
+
+    def block_size(self, name: str) -> int:
+        """They are never quantised."""
+        self._find(name)
+        return 1
+
+    def load_part(self, name: str, rows: range, columns: range | None) -> torch.Tensor | PackedTensor:
+        """Read some rows and columns; the bytes of the others are not touched."""
+        place = (_slice(rows), *(() if columns is None else (_slice(columns),)))
+        return self._read(name, lambda handle, stored: handle.get_slice(stored)[place])
+
+    def _read(self, name: str, get: Callable[[Any, str], torch.Tensor]) -> torch.Tensor:
         file, stored = self._find(name)
         try:
-            tensor: torch.Tensor = self._open(file).get_tensor(stored)
+            tensor = get(self._open(file), stored)
         except (SafetensorError, OSError, RuntimeError) as error:
             raise ModelLoadError(f"{self.folder / file}: tensor {stored} cannot be read: {error}") from error
         if tensor.dtype not in DTYPES:
@@ -113,6 +126,10 @@ class SafetensorsSource:
             except (SafetensorError, OSError) as error:
                 raise ModelLoadError(f"{path}: damaged or truncated safetensors file: {error}") from error
         return handles[file]
+
+
+def _slice(part: range) -> slice:
+    return slice(part.start, part.stop)
 
 
 def _text_name(name: str) -> str:
