@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from lightllm.cli import format_error
 from lightllm.config import FLAGS, Config
-from lightllm.errors import BindError
+from lightllm.errors import BindError, ConfigError
 from lightllm.messages import ChildProgress, EngineInfo
 from lightllm.server.supervisor import Supervisor
 
@@ -35,6 +35,8 @@ def launch(config: Config) -> int:
     Raises:
         BindError: the HTTP address is taken or not of this machine.
     """
+    if config.parallel.nnodes > 1:
+        raise ConfigError("--nnodes: not implemented in this version; --tp works on one machine")
     raise_file_limit()
     listener = bind(config.server.host, config.server.port)
     directory = Path(tempfile.mkdtemp(prefix="lightllm-"))  # made with mode 0700
