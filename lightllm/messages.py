@@ -429,12 +429,6 @@ class MachineHello(Message):
     record: dict[str, str] = {}
 
 
-class MachineRefused(Message):
-    """Why it may not join: one line for each thing that differs."""
-
-    reason: str
-
-
 class MachineWelcome(Message):
     """All are there. `config` is machine 0's resolved configuration, without secrets; see WorkerConfig."""
 
@@ -474,7 +468,7 @@ ToEngine = EngineRequest | AbortRequest | AbortAll | RenewLeases | Ping
 FromEngine = EngineOutput | KVReserved | Pong
 ToChild = ChildConfig | WorkerConfig | EngineUp | EngineDown | Drain
 FromChild = ChildProgress | ChildReady | ChildFailed
-ToMachine = MachineWelcome | MachineRefused | MachineAlive | ScheduledBatch
+ToMachine = MachineWelcome | MachineAlive | ScheduledBatch
 FromRank = RankProgress | RankReady | RankAlive | RankFailed | StepOutput
 FromMachine = MachineHello | MachineAlive | FromRank
 

@@ -18,7 +18,8 @@ from lightllm import messages
 from lightllm.config import Config
 from lightllm.engine.executor import Executor
 from lightllm.engine.local_ranks import LocalRanks
-from lightllm.errors import ConfigError, LightLLMError, ModelLoadError, WorkerDied
+from lightllm.engine.machines import Machines
+from lightllm.errors import BindError, ConfigError, LightLLMError, ModelLoadError, WorkerDied
 from lightllm.messages import (
     EngineInfo,
     FromRank,
@@ -58,12 +59,13 @@ class ProcessExecutor(Executor):
         config: with `--tp` above 1.
         directory: private (mode 0700), for addresses and for the file in which the ranks meet.
         progress: told what all ranks together have done.
+        record: what must be equal on all machines, by name; not looked at with one.
 
     Raises:
-        ConfigError, ModelLoadError, WorkerDied: what a rank could not do.
+        ConfigError, ModelLoadError, BindError, WorkerDied: what a rank could not do.
     """
 
-    def __init__(self, config: Config, directory: Path, progress: Progress) -> None:
+    def __init__(self, config: Config, directory: Path, progress: Progress, record: dict[str, str]) -> None:
         self._context = zmq.Context(io_threads=1)
         self._inbox = self._context.socket(zmq.PULL)
         self._inbox.setsockopt(zmq.RCVHWM, 0)
@@ -77,19 +79,27 @@ class ProcessExecutor(Executor):
         self._failures: dict[int, RankFailed] = {}
         self._failed_s = 0.0
         self._checked_s = time.monotonic()
+        parallel = config.parallel
+        self._per_machine = parallel.tp // parallel.nnodes
+        self._machines = Machines(config, record, self._context, reply_address)
+        self._machines.gather(lambda text: progress(text, 0, 0))
+        is_alone = parallel.nnodes == 1
+        meeting = f"{directory}/ranks-meet-{os.getpid()}"
         self._local = LocalRanks(
             config,
             directory,
             self._context,
             reply_address,
-            meeting=f"{directory}/ranks-meet-{os.getpid()}",
-            host="127.0.0.1",
+            meeting=meeting if is_alone else f"{parallel.nccl_host}:{parallel.nccl_port}",
+            host="127.0.0.1" if is_alone else parallel.nccl_host,
         )
         while len(self._infos) < config.parallel.tp:
             self._receive(CHECK_INTERVAL_S)
 
     def submit(self, batch: ScheduledBatch) -> StepInProcesses:
-        self._local.send(messages.encode(batch))
+        body = messages.encode(batch)
+        self._machines.send(body)
+        self._local.send(body)
         return StepInProcesses(self, batch.step_id)
 
     def take(self, step_id: int) -> StepOutput:
@@ -106,6 +116,7 @@ class ProcessExecutor(Executor):
             self._receive(0.0)
 
     def close(self) -> None:
+        self._machines.close()
         self._local.stop()
         self._inbox.close(linger=0)
         self._context.term()
@@ -146,7 +157,7 @@ class ProcessExecutor(Executor):
         for rank, heard_s in self._heard_s.items():
             silence_s = now_s - heard_s
             if silence_s > SILENCE_LIMIT_S and rank not in self._failures:
-                text = f"{self._local.name(rank)} has not been heard of for {silence_s:.0f} s"
+                text = f"{self._name(rank)} has not been heard of for {silence_s:.0f} s"
                 self._note(RankFailed(rank=rank, message=text))
         if self._failures and now_s - self._failed_s > CAUSE_WAIT_S:
             self._fail(next(iter(self._failures.values())))
@@ -157,9 +168,15 @@ class ProcessExecutor(Executor):
         self._failed_s = self._failed_s or time.monotonic()
         self._failures.setdefault(failure.rank, failure)
 
+    def _name(self, rank: int) -> str:
+        if rank in self._local.ranks:
+            return self._local.name(rank)
+        return f"rank {rank} on {self._machines.name(rank // self._per_machine)}"
+
     def _fail(self, failure: RankFailed) -> NoReturn:
         self._local.kill()
-        kinds: dict[int, type[LightLLMError]] = {2: ConfigError, 3: ModelLoadError}
+        self._machines.close()
+        kinds: dict[int, type[LightLLMError]] = {2: ConfigError, 3: ModelLoadError, 4: BindError}
         raise kinds.get(failure.exit_code, WorkerDied)(failure.message)
 
 

@@ -25,6 +25,7 @@ from lightllm.messages import ChildConfig, ChildFailed, ChildProgress, ChildRead
 from lightllm.scheduler.scheduler import Scheduler, SchedulerConfig
 from lightllm.server.child import Parent, settle_memory
 from lightllm.server.model_files import ModelDescription, describe_model, open_weights
+from lightllm.server.other_machine import machine_record
 
 if TYPE_CHECKING:
     from lightllm.worker.worker import Worker
@@ -93,7 +94,8 @@ def _make_executor(
     if config.parallel.tp == 1:
         return InProcessExecutor(partial(_load_worker, config, description, parent))
     directory = Path(child.address.removeprefix("ipc://")).parent
-    return ProcessExecutor(config, directory, lambda *report: parent.send(_progress(*report)))
+    record = machine_record(config, description) if config.parallel.nnodes > 1 else {}
+    return ProcessExecutor(config, directory, lambda *report: parent.send(_progress(*report)), record)
 
 
 def _load_worker(config: Config, description: ModelDescription, parent: Parent) -> "Worker":
