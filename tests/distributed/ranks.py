@@ -18,6 +18,7 @@ def run_ranks(size: int, work: Callable[[Parallel], T]) -> list[T]:
     store = dist.HashStore()
 
     def run(rank: int) -> T:
+        torch.set_num_threads(1)  # of this thread; teams of all ranks would fight for the cores
         group = connect(store, rank, size, "127.0.0.1", torch.device("cpu"))
         return work(Parallel(rank, size, rank, size, group))
 
