@@ -14,7 +14,7 @@ from typing import NamedTuple
 PACKAGE = "lightllm"
 
 L0 = (
-    *("addresses", "config", "config_keys", "env", "errors", "flag", "logs"),
+    *("addresses", "cluster_link", "config", "config_keys", "env", "errors", "flag", "logs"),
     *("messages", "model_config", "resolution", "sampling_params"),
 )
 TOP = ("__init__", "__main__", "cli", "llm", "server")
@@ -73,6 +73,7 @@ LAZY: Mapping[str, tuple[str, ...]] = MappingProxyType(
             "worker",
         ),  # the in-process executor starts its worker; the engine stays torch-free
         "models.document": ("weights.gguf_config",),  # the page names the kinds of GGUF files
+        "worker.__main__": ("server.worker_main",),  # a name to start it by; assembling is the server's
     }
 )
 
