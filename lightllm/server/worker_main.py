@@ -138,6 +138,7 @@ def _load(config: Config, place: WorkerConfig, outbox: Outbox) -> "Worker":
 def _join(config: Config, place: WorkerConfig, device: "Device") -> "Parallel":
     from lightllm.distributed.collectives import connect, file_store, tcp_store
     from lightllm.distributed.parallel_state import Parallel
+    from lightllm.distributed.shared_memory import over_shared_memory
 
     size = config.parallel.tp
     if config.parallel.nnodes == 1:
@@ -147,6 +148,10 @@ def _join(config: Config, place: WorkerConfig, device: "Device") -> "Parallel":
         listener = _bind(host, int(port)) if place.rank == 0 else None
         store = tcp_store(host, int(port), size, listener)
     collectives = connect(store, place.rank, size, place.host, device.torch_device)
+    if device.name == "cpu" and config.parallel.nnodes == 1:
+        # The folder of the meeting has a random name of its own.
+        name = "-".join(Path(place.meeting).parts[-2:])
+        collectives = over_shared_memory(collectives, name, place.rank, size)
     return Parallel(place.rank, size, place.local_rank, place.local_size, collectives)
 
 
