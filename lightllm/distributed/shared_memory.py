@@ -98,19 +98,15 @@ def over_shared_memory(others: Collectives, name: str, rank: int, size: int) -> 
     if not others.smallest(library is not None) or library is None:
         logger.info("ranks talk over sockets: not all of them can share memory")
         return others
-    path = SHM / name
-    num_bytes = memory_bytes(size, BOX_BYTES)
-    if rank == LEADER:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        os.ftruncate(fd, num_bytes)
-    others.smallest(0)  # it is there
-    if rank != LEADER:
-        fd = os.open(path, os.O_RDWR)
-    memory = mmap.mmap(fd, num_bytes)
-    os.close(fd)
+    path, num_bytes = SHM / name, memory_bytes(size, BOX_BYTES)
+    is_there = others.smallest(_make(path, num_bytes) if rank == LEADER else True)
+    memory = _map(path, num_bytes) if is_there else None
     others.smallest(0)  # all have it
     if rank == LEADER:
-        path.unlink()
+        path.unlink(missing_ok=True)
+    if memory is None:
+        logger.info("ranks talk over sockets: %s has no room for %d KiB", SHM, num_bytes // 1024)
+        return others
     logger.info("rank %d of %d talks to the others through %d KiB of memory", rank, size, num_bytes // 1024)
     return SharedMemoryCollectives(library, memory, rank, size, others)
 
@@ -118,6 +114,28 @@ def over_shared_memory(others: Collectives, name: str, rank: int, size: int) -> 
 def memory_bytes(size: int, box_bytes: int) -> int:
     """How much memory that many ranks need."""
     return BOXES_AT + 2 * size * box_bytes
+
+
+def _make(path: Path, num_bytes: int) -> bool:
+    """Take the memory, all of it now: what is missing later would end the process that touches it."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            os.posix_fallocate(fd, 0, num_bytes)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        logger.warning("%s: %s", path, error)
+        return False
+    return True
+
+
+def _map(path: Path, num_bytes: int) -> mmap.mmap:
+    fd = os.open(path, os.O_RDWR)
+    try:
+        return mmap.mmap(fd, num_bytes)
+    finally:
+        os.close(fd)
 
 
 def _library(size: int) -> NativeLibrary | None:
