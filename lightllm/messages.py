@@ -175,7 +175,7 @@ class EngineOutput(Message):
 
 
 class KVReserved(Message):
-    """A request with `recv_kv_from` has its slots; KV may come, save of the first `num_cached_tokens`."""
+    """A request with `recv_kv_from` has its slots; KV may come, without the first `num_cached_tokens`."""
 
     request_id: str
     num_cached_tokens: int
@@ -213,8 +213,9 @@ class KVTransferOrder(Part):
 
     A request is shipped in several orders, one behind each step that computed a part of it, and expected in
     one. The first order of a shipment starts at `target.num_cached_tokens`; a later one may find the shipment
-    failed, unheard of by the engine yet, and then means nothing. `token_ids` are all tokens whose KV the receiver has in the end: with every receipt, and with the
-    last order of a shipment, whose step samples the first token behind them for `row`.
+    failed, unheard of by the engine yet, and then means nothing. `token_ids` are all tokens whose KV the
+    receiver has in the end: with every receipt, and with the last order of a shipment, whose step samples the
+    first token behind them for `row`.
     """
 
     request_id: str
