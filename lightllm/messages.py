@@ -238,6 +238,8 @@ class ScheduledBatch(Message):
     is_sampling         whether the step samples a token behind the last of them
     slot_starts         first position whose slot is (re)written in slot_table
     slot_counts         how many slots follow for this request in `slots`, flat
+    drafts              index of a request -> guesses of the tokens behind the first that is computed; each
+                        position samples, and the step brings tokens up to the first that is not as guessed
     grammar_masks       row -> packed bit mask over the vocabulary, little endian
     kv_sends            KV that may leave once this step is computed
     kv_recvs            KV that may arrive once all earlier steps are computed
@@ -256,6 +258,7 @@ class ScheduledBatch(Message):
     slot_starts: list[int] = []
     slot_counts: list[int] = []
     slots: list[int] = []
+    drafts: dict[int, list[int]] = {}
     grammar_masks: dict[int, bytes] = {}
     kv_sends: list[KVTransferOrder] = []
     kv_recvs: list[KVTransferOrder] = []

@@ -34,6 +34,7 @@ class BatchColumns:
         self._slot_starts: list[int] = []
         self._slot_counts: list[int] = []
         self._slots: list[int] = []
+        self._drafts: dict[int, list[int]] = {}
 
     def add_decodes(self, requests: list[Request], slots: list[int]) -> None:
         """Add one sampling position of each request: its slot is given, it is not counted as computed."""
@@ -51,6 +52,11 @@ class BatchColumns:
             self._slot_starts += starts
             self._slot_counts += [1] * count
             self._slots += slots
+
+    def add_drafted(self, request: Request, drafts: list[int]) -> None:
+        """Add a sampling position of a request and the drafted ones behind it, as `add_chunk` does."""
+        self._drafts[len(self.requests)] = drafts
+        self.add_chunk(request, 1 + len(drafts), is_sampling=True)
 
     def add_chunk(self, request: Request, count: int, *, is_sampling: bool) -> None:
         """Add `count` positions of a request: they have slots, but are not counted as computed."""
@@ -74,6 +80,7 @@ class BatchColumns:
             slot_starts=self._slot_starts,
             slot_counts=self._slot_counts,
             slots=self._slots,
+            drafts=self._drafts,
             kv_sends=orders.sends,
             kv_recvs=orders.recvs,
             kv_cancels=orders.cancels,

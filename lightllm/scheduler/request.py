@@ -9,9 +9,11 @@ from __future__ import annotations
 import math
 from array import array
 from enum import Enum, auto
+from typing import TYPE_CHECKING
 
 from lightllm.messages import (
     EngineRequest,
+    KVFailure,
     KVSource,
     KVTarget,
     NewRequest,
@@ -20,6 +22,9 @@ from lightllm.messages import (
     TokenLogprobs,
 )
 from lightllm.scheduler.radix_tree import Node
+
+if TYPE_CHECKING:
+    from lightllm.scheduler.drafting import Drafting
 
 
 class RequestState(Enum):
@@ -58,7 +63,8 @@ class Request:
                                          known, still to be computed
         [len(token_ids), len(token_ids) + num_in_flight)
                                          sampled by steps whose results are not here yet; the next decode
-                                         step reads them on the device
+                                         step reads them on the device. Drafts count here too, until their
+                                         step's result says how many of them stay
 
     Attributes:
         rank: order of preemption and of running prefills; smaller is more urgent (see policy.py).
@@ -66,6 +72,7 @@ class Request:
         queue_s: seconds from arrival to the first admission.
         min_num_tokens: length from which an end token ends the request.
         max_num_tokens: length at which it ends in any case. The last token's KV is never needed.
+        drafting: how its tokens are drafted; None until they are.
         prompt_logprobs: by position; None where not asked for, or delivered already.
         is_in_row: whether the worker knows that the request is in `row`.
         send_kv_to: where its KV goes; num_ordered_tokens of it are ordered, or at the target already.
@@ -77,6 +84,7 @@ class Request:
         "admit_until_s",
         "arrival_s",
         "deadline_s",
+        "drafting",
         "end_token_ids",
         "is_in_row",
         "lease_until_s",
@@ -149,6 +157,7 @@ class Request:
         self.num_cached_tokens = 0
         self.queue_s = 0.0
         self.num_preemptions = 0
+        self.drafting: Drafting | None = None
 
     @property
     def num_remaining_tokens(self) -> int:
@@ -207,6 +216,27 @@ class Request:
             seed=self.seed,
             sample_index=self.sample_index,
         )
+
+    def token_output(
+        self, new_token_ids: list[int], logprobs: list[TokenLogprobs] | None, reason: str | None
+    ) -> RequestOutput:
+        """What a step brought; with a reason the last output. There may be more logprobs than tokens."""
+        return RequestOutput(
+            request_id=self.request_id,
+            new_token_ids=new_token_ids,
+            logprobs=logprobs and logprobs[: len(new_token_ids)],
+            prompt_logprobs=self.take_prompt_logprobs() if self.prompt_logprobs else None,
+            finish_reason=reason,
+            num_cached_tokens=self.num_cached_tokens,
+            queue_s=self.queue_s,
+        )
+
+    def transfer_output(self, failure: KVFailure | None) -> RequestOutput:
+        """The last output of a request that ends with its transfer."""
+        if failure is None:
+            return self.final_output("handed_over")
+        error = RequestFailure(code="kv_transfer_failed", message=failure.reason)
+        return self.final_output("error", error)
 
     def final_output(self, reason: str, error: RequestFailure | None = None) -> RequestOutput:
         """The last output, when the end comes from elsewhere than a sampled token."""

@@ -20,6 +20,7 @@ from operator import attrgetter
 from lightllm.messages import (
     EngineRequest,
     EngineStats,
+    KVArrival,
     KVReserved,
     RequestFailure,
     RequestOutput,
@@ -29,14 +30,13 @@ from lightllm.messages import (
 from lightllm.scheduler.admission import expiry, make_request, refusal
 from lightllm.scheduler.batch import BatchColumns, Step
 from lightllm.scheduler.cache import NullPrefixCache, PrefixCache
+from lightllm.scheduler.config import SchedulerConfig, check_config
 from lightllm.scheduler.counters import Counters
-from lightllm.scheduler.limits import SchedulerConfig
+from lightllm.scheduler.drafting import Drafter
 from lightllm.scheduler.policy import POLICIES, WaitingQueue, urgency
 from lightllm.scheduler.request import Request, RequestState
 from lightllm.scheduler.rows import Rows
 from lightllm.scheduler.transfers import Transfers
-
-__all__ = ["Scheduler", "SchedulerConfig"]
 
 _RANK = attrgetter("rank")
 
@@ -53,10 +53,11 @@ class Scheduler:
     """
 
     def __init__(self, config: SchedulerConfig, *, seed: int | None = None) -> None:
-        config.check()
+        check_config(config)
         self._config = config
         self._cache = (PrefixCache if config.enable_prefix_cache else NullPrefixCache)(config.num_slots)
         self._queue = WaitingQueue(POLICIES[config.schedule_policy], self._cache)
+        self._drafter = Drafter(config.draft_ngram) if config.draft_ngram else None
         self._seeds = random.Random(seed)
         self._eos_token_ids = frozenset(config.eos_token_ids)
 
@@ -167,9 +168,12 @@ class Scheduler:
         self._now_s = now_s
         batch = BatchColumns(self._config.batch_max_tokens)
         num_preemptions = self._counters.num_preemptions
-        decodes = self._preempt_if_full()
+        decodes, drafts = self._preempt_if_full(), list[int]()
+        if self._drafter is not None:
+            room = min(self._config.max_chunk, batch.num_tokens_left, self._cache.num_available) - 1
+            decodes, drafts = self._drafter.choose(decodes, is_alone=len(self._requests) == 1, room=room)
         self._introduce_received(batch)
-        self._add_decodes(batch, decodes)
+        self._add_decodes(batch, decodes, drafts)
         for request in sorted(self._prefilling.values(), key=_RANK):
             self._add_chunk(batch, request)
         if self._counters.num_preemptions == num_preemptions:
@@ -196,6 +200,8 @@ class Scheduler:
         batch, requests, phase = self._steps.popleft()
         assert output.step_id == batch.step_id, f"result of step {output.step_id}, expected {batch.step_id}"
         self._counters.note_step(batch, output, phase)
+        if self._drafter is not None:
+            self._drafter.note(output, sum(batch.num_new_tokens))
         for index, entries in output.prompt_logprobs.items():
             requests[index].add_prompt_logprobs(batch.starts[index], entries)
         finished, running = RequestState.FINISHED, RequestState.RUNNING
@@ -206,29 +212,33 @@ class Scheduler:
         ):
             if not is_sampling or request.state is finished:
                 continue
-            (token_id,) = new_token_ids
-            request.token_ids.append(token_id)
-            request.num_in_flight -= 1
+            if index in batch.drafts:
+                new_token_ids = self._settle_drafts(request, new_token_ids, output.duration_s)
+            else:
+                (token_id,) = new_token_ids
+                request.token_ids.append(token_id)
+                request.num_in_flight -= 1
+            self._counters.num_generated_tokens += len(new_token_ids)
             reason = request.finish_reason()
-            outputs.append(
-                RequestOutput(
-                    request_id=request.request_id,
-                    new_token_ids=new_token_ids,
-                    logprobs=logprobs.get(index) if logprobs else None,
-                    prompt_logprobs=request.take_prompt_logprobs() if request.prompt_logprobs else None,
-                    finish_reason=reason,
-                    num_cached_tokens=request.num_cached_tokens,
-                    queue_s=request.queue_s,
-                )
-            )
+            outputs.append(request.token_output(new_token_ids, logprobs.get(index), reason))
             if reason is not None:
                 self._finish(request)
             elif request.state is not running and not request.num_in_flight:
                 self._go_on_elsewhere(request)
-        self._counters.num_generated_tokens += len(outputs)
         if self._transfers.live:
             outputs += self._take_transfers(output)
         return outputs
+
+    def _settle_drafts(self, request: Request, token_ids: list[int], duration_s: float) -> list[int]:
+        """Take what a step with drafts brought; returns the tokens that the request has taken."""
+        assert self._drafter is not None
+        taken = self._drafter.settle(request, token_ids, duration_s)
+        if request.state is RequestState.RUNNING:
+            # Behind the last token whose successor is known nothing is computed as it should be.
+            surplus = request.num_computed_tokens - len(request.token_ids) + 1
+            self._cache.shrink(request, surplus)
+            request.num_computed_tokens -= surplus
+        return taken
 
     # ------------------------------------------------------------ adding
 
@@ -300,12 +310,18 @@ class Scheduler:
         request.is_in_row = True
         batch.new_requests.append(request.start_message(self._config.eos_token_ids))
 
-    def _add_decodes(self, batch: BatchColumns, requests: list[Request]) -> None:
-        """Schedule one token of each: the one sampled by its last step, known here or not."""
-        batch.add_decodes(requests, self._cache.extend_each(requests))
+    def _add_decodes(self, batch: BatchColumns, requests: list[Request], drafts: list[int]) -> None:
+        """Schedule one token of each: the one sampled by its last step, known here or not; and the drafts
+        behind it of the one request that has some."""
+        count = 1 + len(drafts)
+        if drafts:
+            self._cache.extend(requests[0], count)
+            batch.add_drafted(requests[0], drafts)
+        else:
+            batch.add_decodes(requests, self._cache.extend_each(requests))
         for request in requests:
-            request.num_computed_tokens += 1
-            request.num_in_flight += 1
+            request.num_computed_tokens += count
+            request.num_in_flight += count
 
     def _add_chunk(self, batch: BatchColumns, request: Request) -> None:
         """Schedule as many of a running request's known tokens as the step allows; may be none."""
@@ -408,27 +424,15 @@ class Scheduler:
     def _take_transfers(self, output: StepOutput) -> list[RequestOutput]:
         """Take over which transfers have ended, after the tokens of the same step."""
         outputs = []
-        for arrival in output.kv_received:
-            request = self._end_transfer(arrival.request_id)
-            outputs += self._begin_decoding(request, arrival.first_token_id) if request is not None else []
-        for request in filter(None, map(self._end_transfer, output.kv_sent)):
-            self._finish(request)
-            outputs.append(request.final_output("handed_over"))
-        for failure in output.kv_failed:
-            request = self._end_transfer(failure.request_id)
-            if request is not None:
+        for request, ending in self._transfers.end(output):
+            if request.state is RequestState.FINISHED:
+                self._cache.release(request)  # it ended before, and its slots are free only now
+            elif isinstance(ending, KVArrival):
+                outputs += self._begin_decoding(request, ending.first_token_id)
+            else:
                 self._finish(request)
-                error = RequestFailure(code="kv_transfer_failed", message=failure.reason)
-                outputs.append(request.final_output("error", error))
+                outputs.append(request.transfer_output(ending))
         return outputs
-
-    def _end_transfer(self, request_id: str) -> Request | None:
-        """The request whose transfer has ended; None if it ended before, and its slots are free now."""
-        request = self._transfers.end(request_id)
-        if request.state is not RequestState.FINISHED:
-            return request
-        self._cache.release(request)
-        return None
 
     def _begin_decoding(self, request: Request, first_token_id: int) -> list[RequestOutput]:
         """Go on behind a first token that the sender has made and its client has got from there."""
@@ -447,7 +451,6 @@ class Scheduler:
         return [request.final_output(reason)]
 
     def _release_siblings(self, request: Request) -> None:
-        """Let those queue up who waited for the prompt of this request."""
         for sibling in self._queue.take_held(request):
             self._enqueue(sibling)
 
@@ -488,9 +491,8 @@ class Scheduler:
         Raises:
             AssertionError: with the numbers that differ.
         """
-        running, live = list(self._running()), self._transfers.live
         self._transfers.check_integrity()
-        holders = {request.request_id: request for request in (*running, *live.values())}
+        holders = {r.request_id: r for r in (*self._running(), *self._transfers.live.values())}
         self._cache.check_integrity(holders.values())
         self._rows.check_integrity(holders.values())
         for request in self._requests.values():

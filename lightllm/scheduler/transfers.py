@@ -6,9 +6,10 @@ else, whatever becomes of the request meanwhile. Decides nothing: that is the sc
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
-from lightllm.messages import KVReserved, KVTransferOrder
+from lightllm.messages import KVArrival, KVFailure, KVReserved, KVTransferOrder, StepOutput
 from lightllm.scheduler.request import Request, RequestState
 
 
@@ -78,8 +79,15 @@ class Transfers:
         """Ask the transport to let go of a live transfer."""
         self._orders.cancels.append(request.request_id)
 
-    def end(self, request_id: str) -> Request:
-        """The transport has let go of a request's slots."""
+    def end(self, output: StepOutput) -> Iterator[tuple[Request, KVArrival | KVFailure | None]]:
+        """The transport has let go of the slots of these requests; None stands for what was sent."""
+        endings: list[KVArrival | KVFailure] = [*output.kv_received, *output.kv_failed]
+        for ending in endings:
+            yield self._end(ending.request_id), ending
+        for request_id in output.kv_sent:
+            yield self._end(request_id), None
+
+    def _end(self, request_id: str) -> Request:
         request = self.live.pop(request_id)
         self.leave(request)
         return request

@@ -10,7 +10,8 @@ from collections import deque
 
 from lightllm.messages import EngineRequest, RequestOutput, ScheduledBatch, StepOutput, TokenLogprobs
 from lightllm.sampling_params import SamplingParams
-from lightllm.scheduler.scheduler import Scheduler, SchedulerConfig
+from lightllm.scheduler.config import SchedulerConfig
+from lightllm.scheduler.scheduler import Scheduler
 from tests.scheduler.fake_transport import FakeTransport
 
 VOCAB_SIZE = 5
@@ -74,8 +75,9 @@ class FakeWorker:
             assert stop < row.new.num_prompt_tokens + row.new.sampling_params.max_new_tokens, (
                 "computed too far"
             )
-        for row, start, _, _ in work:
+        for i, (row, start, _, _) in enumerate(work):
             self._check(row, start)
+            row.token_ids.update(enumerate(batch.drafts.get(i, ()), start + 1))
         for row, start, stop, _ in work:
             for position, prefix_hash in list(enumerate(row.hashes(stop)))[start:]:
                 slot = row.slots[position]
@@ -83,18 +85,27 @@ class FakeWorker:
                 written.add(slot)
                 self.kv[slot] = prefix_hash
         token_ids: list[list[int]] = []
-        for row, _, stop, is_sampling in work:
+        for i, (row, _, stop, is_sampling) in enumerate(work):
             self._check(row, stop)
             token_ids.append([])
             if is_sampling:
-                token_ids[-1].append(next_token(row.hashes(stop)[-1]))
-                row.token_ids[stop] = token_ids[-1][0]
+                drafts = batch.drafts.get(i, [])
+                first = stop - len(drafts)
+                for draft in [*drafts, None]:
+                    position = first + len(token_ids[-1])
+                    token_ids[-1].append(next_token(row.hashes(position)[-1]))
+                    row.token_ids[position] = token_ids[-1][-1]
+                    if token_ids[-1][-1] != draft:
+                        break
         self.transport.take(batch)
         return StepOutput(
             step_id=batch.step_id,
             token_ids=token_ids,
             logprobs={
-                i: [TokenLogprobs(logprob=-stop)]
+                i: [
+                    TokenLogprobs(logprob=len(batch.drafts.get(i, ())) - stop - p)
+                    for p in range(len(token_ids[i]))
+                ]
                 for i, (row, _, stop, is_sampling) in enumerate(work)
                 if is_sampling and row.new.sampling_params.logprobs is not None
             },
@@ -106,7 +117,7 @@ class FakeWorker:
                 for i, (row, start, stop, _) in enumerate(work)
                 if row.new.sampling_params.prompt_logprobs is not None
             },
-            duration_s=0.01,
+            duration_s=0.005 * (1 + sum(batch.num_new_tokens)),
             **self.transport.advance(),
         )
 

@@ -27,6 +27,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         failure_share=st.sampled_from([0.0, 0.1, 0.5]),
         pace=st.sampled_from([1.0, 0.3, 0.05]),
         lease_s=st.sampled_from([0.15, 2.0, 30.0]),
+        draft_ngram=st.sampled_from([0, 0, 1, 3, 16]),
     )
     def start(
         self,
@@ -44,6 +45,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         failure_share,
         pace,
         lease_s,
+        draft_ngram,
     ):
         self.max_len = max(2, int(num_slots * share_of_pool))
         self.driver = Driver(
@@ -60,6 +62,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             kv_lease_s=lease_s,
             kv_admission_s=0.3,
             transport={"seed": seed, "failure_share": failure_share, "pace": pace},
+            draft_ngram=draft_ngram,
         )
 
     @rule(

@@ -1,4 +1,4 @@
-"""SchedulerConfig: limits and switches of the scheduler, and which combinations of them are refused."""
+"""SchedulerConfig: the scheduler's limits and switches. Runs in the engine process."""
 
 import msgspec
 
@@ -17,6 +17,7 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
         max_req_total_len: prompt + output of one request.
         max_queued_requests: how many may wait beyond those for which rows are free.
         eos_token_ids: the model's end tokens.
+        draft_ngram: most tokens that are drafted in one step of a single stream; 0 is off.
         enable_chunked_prefill: off, a prompt is computed in one step or waits.
         kv_lease_s: a request that sends or receives KV ends when it is not renewed for so long.
         kv_admission_s: how long a request that receives KV may wait for its slots.
@@ -32,6 +33,7 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     eos_token_ids: list[int] = []
     enable_prefix_cache: bool = True
     enable_chunked_prefill: bool = True
+    draft_ngram: int = 0
     kv_lease_s: float = 30.0
     kv_admission_s: float = 5.0
 
@@ -50,23 +52,22 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
         """Rows that are used: each running request can compute at least one token in every step."""
         return min(self.max_running, self.batch_max_tokens)
 
-    def check(self) -> None:
-        """Refuse what could leave a request waiting for ever.
 
-        Raises:
-            ConfigError: it could.
-        """
-        for name in (
-            *("num_slots", "max_running", "batch_max_tokens"),
-            *("chunked_prefill_size", "max_req_total_len"),
-        ):
-            value = getattr(self, name)
-            if value < 1:
-                raise ConfigError(f"{name}: got {value}, at least 1 is needed")
-        if self.schedule_policy not in POLICIES:
-            raise ConfigError(f"schedule_policy: got {self.schedule_policy}, allowed {', '.join(POLICIES)}")
-        if not self.enable_chunked_prefill and self.batch_max_tokens < self.max_total_len:
-            raise ConfigError(
-                f"--batch_max_tokens {self.batch_max_tokens} with --disable_chunked_prefill: a request of "
-                f"{self.max_total_len} tokens would wait for ever; raise it to --max_req_total_len"
-            )
+def check_config(config: SchedulerConfig) -> None:
+    """Refuse what could leave a request waiting for ever.
+
+    Raises:
+        ConfigError: names the field, its value and what is needed.
+    """
+    for name in ("num_slots", "max_running", "batch_max_tokens", "chunked_prefill_size", "max_req_total_len"):
+        value = getattr(config, name)
+        if value < 1:
+            raise ConfigError(f"{name}: got {value}, at least 1 is needed")
+    if config.schedule_policy not in POLICIES:
+        raise ConfigError(f"schedule_policy: got {config.schedule_policy}, allowed {', '.join(POLICIES)}")
+    longest = config.max_total_len
+    if not config.enable_chunked_prefill and config.batch_max_tokens < longest:
+        raise ConfigError(
+            f"--batch_max_tokens {config.batch_max_tokens} with --disable_chunked_prefill: a request of "
+            f"{longest} tokens would wait for ever; raise it to --max_req_total_len"
+        )
