@@ -36,6 +36,8 @@ def launch(config: Config) -> int:
         BindError: the HTTP address is taken or not of this machine.
     """
     raise_file_limit()
+    if config.parallel.node_rank > 0:
+        return run_workers_only(config)
     listener = bind(config.server.host, config.server.port)
     directory = Path(tempfile.mkdtemp(prefix="lightllm-"))  # made with mode 0700
     display = ProgressDisplay()
@@ -54,6 +56,17 @@ def launch(config: Config) -> int:
     if supervisor.start_up_error:
         print(format_error(supervisor.start_up_error), file=sys.stderr)
     return code
+
+
+def run_workers_only(config: Config) -> int:
+    """Serve machine 0 of a node until stopped; returns the exit code."""
+    from lightllm.server.other_machine import follow
+
+    environment = child_environment(config)
+    for name in set(os.environ) - set(environment):
+        del os.environ[name]
+    os.environ.update(environment)
+    return follow(config)
 
 
 def raise_file_limit() -> None:
