@@ -1,4 +1,4 @@
-"""BatchColumns: the next ScheduledBatch while it is being composed.
+"""BatchColumns: the next ScheduledBatch while it is being composed; Step: one that has left.
 
 Keeps the columns aligned, the step's token budget, and what each worker row already knows of its slots.
 Decides nothing; belongs to one call of Scheduler.schedule().
@@ -6,8 +6,19 @@ Decides nothing; belongs to one call of Scheduler.schedule().
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from lightllm.messages import NewRequest, ScheduledBatch
 from lightllm.scheduler.request import Request
+from lightllm.scheduler.transfers import Orders
+
+
+class Step(NamedTuple):
+    """A scheduled step whose result is not here yet; `requests` are aligned with the batch's columns."""
+
+    batch: ScheduledBatch
+    requests: list[Request]
+    phase: str
 
 
 class BatchColumns:
@@ -56,7 +67,7 @@ class BatchColumns:
         self._is_sampling.append(is_sampling)
         self._send_slots(request, count)
 
-    def finish(self, step_id: int, freed_rows: list[int]) -> ScheduledBatch:
+    def finish(self, step_id: int, freed_rows: list[int], orders: Orders) -> ScheduledBatch:
         """The batch; these columns must not be used any more."""
         return ScheduledBatch(
             step_id=step_id,
@@ -70,6 +81,9 @@ class BatchColumns:
             slot_counts=self._slot_counts,
             slots=self._slots,
             drafts=self._drafts,
+            kv_sends=orders.sends,
+            kv_recvs=orders.recvs,
+            kv_cancels=orders.cancels,
         )
 
     def _send_slots(self, request: Request, num_new: int) -> None:

@@ -28,6 +28,7 @@ from lightllm.models.base import Model
 from lightllm.native.library import NativeLibrary, NativeUnavailable
 from lightllm.weights.base import WeightSource
 from lightllm.worker.inputs import RowTables
+from lightllm.worker.kv_exchange import ExchangingRunner, open_kv_link
 from lightllm.worker.memory import graph_sizes, num_kv_slots, plan_memory
 from lightllm.worker.model_runner import LaunchedStep, ModelRunner, Runner
 from lightllm.worker.quantization import quantized
@@ -43,7 +44,7 @@ class Worker:
     """One rank: model, KV pool and row tables."""
 
     def __init__(self, runner: Runner, info: EngineInfo) -> None:
-        self._runner = runner
+        self._runner = ExchangingRunner(runner)
         self._info = info
 
     @classmethod
@@ -109,6 +110,18 @@ class Worker:
     def launch(self, batch: ScheduledBatch) -> LaunchedStep:
         """Start one batch; its result may be taken in another thread."""
         return self._runner.launch(batch)
+
+    def open_kv_link(
+        self, config: Config, model_config: ModelConfig, model_hash: str, tokenizer_hash: str
+    ) -> None:
+        """Let KV move between this node and others, whose hashes must be the same.
+
+        Raises:
+            ConfigError: this device or transport cannot, or the cluster token cannot be used.
+            BindError: --kv_port is taken.
+        """
+        hashes = (model_hash, tokenizer_hash)
+        self._info = open_kv_link(self._runner, self._info, config, model_config, hashes)
 
     def info(self) -> EngineInfo:
         """What was loaded, where, and its capacity."""
