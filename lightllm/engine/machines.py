@@ -88,7 +88,9 @@ class Machines:
 
     def close(self) -> None:
         """End all links; the machines end their ranks."""
-        for link in self._links.values():
+        with self._lock:
+            links, self._links = list(self._links.values()), {}  # their ends are no loss any more
+        for link in links:
             link.close()
 
     def _complete(self) -> bool:
