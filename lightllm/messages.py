@@ -46,8 +46,8 @@ class Grammar(Part):
 class KVTarget(Part):
     """To where a prefill node ships the KV of a request: the link that it dials, and what is there already.
 
-    The node is another one than ours; `ticket` is what both ends of one transfer were told by the master, valid
-    once. The first `num_cached_tokens` tokens need not be sent.
+    The node is another one than ours; `ticket` is what both ends of one transfer were told by the master,
+    valid once. The first `num_cached_tokens` tokens need not be sent.
     """
 
     node_id: str
@@ -175,7 +175,7 @@ class EngineOutput(Message):
 
 
 class KVReserved(Message):
-    """A request with `recv_kv_from` has its slots; KV may come, but for the first `num_cached_tokens` tokens."""
+    """A request with `recv_kv_from` has its slots; KV may come, without the first `num_cached_tokens`."""
 
     request_id: str
     num_cached_tokens: int
@@ -295,7 +295,8 @@ class KVLayout(Part):
 class EngineInfo(Part):
     """What the rest of the node needs to know of a ready engine.
 
-    `kv_address` is where its KV link listens, empty where it has none; `kv_layout` what its peers must agree on.
+    `kv_address` is where its KV link listens, empty where it has none; `kv_layout` what its peers must agree
+    on.
     """
 
     device: str

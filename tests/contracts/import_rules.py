@@ -14,7 +14,7 @@ from typing import NamedTuple
 PACKAGE = "lightllm"
 
 L0 = (
-    *("addresses", "config", "config_keys", "env", "errors", "flag", "logs"),
+    *("addresses", "cluster_link", "config", "config_keys", "env", "errors", "flag", "logs"),
     *("messages", "model_config", "resolution", "sampling_params"),
 )
 TOP = ("__init__", "__main__", "cli", "llm", "server")
