@@ -296,7 +296,7 @@ class EngineInfo(Part):
     """What the rest of the node needs to know of a ready engine.
 
     `kv_address` is where its KV link listens, empty where it has none; `kv_layout` what its peers must agree
-    on.
+    on; `kv_epoch` tells this life of the link from earlier ones.
     """
 
     device: str
@@ -308,6 +308,7 @@ class EngineInfo(Part):
     attention_backend: str
     kv_address: str = ""
     kv_layout: KVLayout | None = None
+    kv_epoch: int = 0
 
 
 class ChildConfig(Message):
