@@ -72,6 +72,7 @@ class NodeAgent:
         self.address = address
         self.version = version
         self.is_draining = False
+        self._wanted: set[tuple[str, int]] = set()
         self._masters: dict[tuple[str, int], _MasterLink] = {}
         engine.on_kv_reserved = self._on_kv_reserved
 
@@ -94,11 +95,22 @@ class NodeAgent:
         return [f"{m.dialling.host}:{m.dialling.port}: {m.dialling.state}" for m in self._masters.values()]
 
     def follow(self, masters: set[tuple[str, int]]) -> None:
-        """Keep a link to each of these (host, port), and to no others."""
+        """Keep a link to each of these (host, port).
+
+        One that is not listed any more is given up once its link is gone: a config_server that has just
+        started may not know of it yet.
+        """
+        self._wanted = set(masters)
         for address in masters - self._masters.keys():
             self._masters[address] = _MasterLink(self, *address)
-        for address in self._masters.keys() - masters:
-            self._masters.pop(address).stop("this master is not listed any more")
+        self.prune()
+
+    def prune(self) -> None:
+        """Give up masters that are neither wanted nor linked."""
+        for address, master in list(self._masters.items()):
+            if address not in self._wanted and master.link is None:
+                del self._masters[address]
+                master.stop("this pd_master is not listed any more")
 
     def engine_changed(self) -> None:
         """The engine has gone or come: masters must not count on what they know of it."""
@@ -203,6 +215,7 @@ class _MasterLink:
             logger.warning("link to a pd_master lost (%s): %d requests aborted", reason, len(requests))
         for request_id in requests:
             self.agent.engine.abort(request_id)
+        self._loop.call_soon(self.agent.prune)
 
     def heartbeat(self, link: Link) -> NodeReport:
         """How this node is doing."""

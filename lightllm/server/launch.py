@@ -13,13 +13,18 @@ import socket
 import sys
 import tempfile
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+import msgspec
+
+from lightllm.addresses import is_loopback
 from lightllm.cli import format_error
+from lightllm.cluster_link import cluster_token
 from lightllm.config import FLAGS, Config
-from lightllm.errors import BindError
+from lightllm.errors import BindError, ConfigError
 from lightllm.messages import ChildProgress, EngineInfo
-from lightllm.server.supervisor import Supervisor
+from lightllm.server.supervisor import Processes, Supervisor
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -27,6 +32,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LISTEN_BACKLOG = 2048
+# Roles that differ from the ordinary frontend and engine.
+PROCESSES = MappingProxyType(
+    {
+        "pd_master": Processes(has_engine=False),
+        "config_server": Processes("lightllm.server.config_server_main", has_engine=False),
+    }
+)
 
 
 def launch(config: Config) -> int:
@@ -36,15 +48,22 @@ def launch(config: Config) -> int:
         BindError: the HTTP address is taken or not of this machine.
     """
     raise_file_limit()
-    listener = bind(config.server.host, config.server.port)
+    processes = PROCESSES.get(config.server.run_mode, Processes())
+    config = with_advertised_host(config)
+    if config.server.run_mode != "normal":
+        cluster_token(
+            config.security.cluster_token, config.environment.home
+        )  # made, or refused, before all else
+    listener = bind(*bind_address(config))
     directory = Path(tempfile.mkdtemp(prefix="lightllm-"))  # made with mode 0700
     display = ProgressDisplay()
 
-    def on_ready(info: EngineInfo) -> None:
+    def on_ready(info: EngineInfo | None) -> None:
         display.close()
         announce(config, listener, info)
 
-    supervisor = Supervisor(config, [listener], directory, child_environment(config), display.show, on_ready)
+    environment = child_environment(config)
+    supervisor = Supervisor(config, [listener], directory, environment, display.show, on_ready, processes)
     try:
         code = asyncio.run(supervisor.run())
     finally:
@@ -54,6 +73,59 @@ def launch(config: Config) -> int:
     if supervisor.start_up_error:
         print(format_error(supervisor.start_up_error), file=sys.stderr)
     return code
+
+
+def bind_address(config: Config) -> tuple[str, int]:
+    """Where this role serves HTTP."""
+    directory = config.config_server
+    if config.server.run_mode != "config_server":
+        return config.server.host, config.server.port
+    assert directory.config_server_host is not None
+    assert directory.config_server_port is not None
+    return directory.config_server_host, directory.config_server_port
+
+
+def with_advertised_host(config: Config) -> Config:
+    """Fill in what other nodes dial where the user left it open, and refuse what they could not reach.
+
+    Raises:
+        ConfigError: a loopback address is advertised towards another machine.
+    """
+    server = config.server
+    peer = config.pd.pd_master_ip or config.config_server.config_server_host
+    if server.run_mode in ("normal", "config_server") or peer is None:
+        host = server.advertise_host or server.host
+    else:
+        host = server.advertise_host or _source_address(peer)
+        if is_loopback(host) and not _is_of_this_machine(peer):
+            raise ConfigError(
+                f"--host {server.host}: other nodes would be told to dial {host}, which is this machine, and "
+                f"{peer} is another one; give --host or --advertise_host an address that it can reach"
+            )
+    return msgspec.structs.replace(config, server=msgspec.structs.replace(server, advertise_host=host))
+
+
+def _source_address(peer: str) -> str:
+    """The address of this machine from which `peer` is reached; nothing is sent."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(peer, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(address)
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise ConfigError(
+            f"{peer} cannot be reached from here ({error}); check the address, or give --advertise_host"
+        ) from error
+
+
+def _is_of_this_machine(host: str) -> bool:
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.bind(address)
+    except OSError:
+        return False
+    return True
 
 
 def raise_file_limit() -> None:
@@ -84,18 +156,19 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def announce(config: Config, listener: socket.socket, info: EngineInfo) -> None:
-    """Print the one ready line on stdout, and a command to try on stderr."""
+def announce(config: Config, listener: socket.socket, info: EngineInfo | None) -> None:
+    """Print the one ready line on stdout, and a command to try on stderr where there is something to try."""
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     url = f"http://{shown}:{port}"
-    print(
-        f"ready: {url} model={config.model.served_model_name[0]} mode={config.server.run_mode} "
-        f"device={info.device} kv_tokens={info.kv_total_tokens} load={info.load_s:.1f}",
-        flush=True,
-    )
-    if config.observability.log_format == "json":
-        return  # one event a line, nothing else
+    mode = config.server.run_mode
+    model = "" if mode == "config_server" else f" model={config.model.served_model_name[0]}"
+    engine = ""
+    if info is not None:
+        engine = f" device={info.device} kv_tokens={info.kv_total_tokens} load={info.load_s:.1f}"
+    print(f"ready: {url}{model} mode={mode}{engine}", flush=True)
+    if config.observability.log_format == "json" or mode not in ("normal", "pd_master"):
+        return  # one event a line, nothing else; or nothing that a client could ask
     reachable = url if host not in ("0.0.0.0", "::") else f"http://127.0.0.1:{port}"
     print(
         f"try:\n  curl {reachable}/generate -H 'Content-Type: application/json' \\\n"
