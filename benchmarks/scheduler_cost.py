@@ -32,8 +32,9 @@ from lightllm.engine.executor import Executor, Pending
 from lightllm.engine.link import ZmqLink
 from lightllm.messages import EngineInfo, EngineRequest, ScheduledBatch, StepOutput
 from lightllm.sampling_params import SamplingParams
+from lightllm.scheduler.config import SchedulerConfig
 from lightllm.scheduler.radix_tree import RadixTree
-from lightllm.scheduler.scheduler import Scheduler, SchedulerConfig
+from lightllm.scheduler.scheduler import Scheduler
 from lightllm.server.child import settle_memory
 
 PROMPT_TOKENS = 64

@@ -58,9 +58,9 @@ class ModelSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     quant_type: Annotated[
         str,
         Flag(
-            "none = run the checkpoint as stored; others quantize at load",
-            stage="-",
+            "none = run the checkpoint as stored; w8, w4 = round float weights to 8 or 4 bits at load (CPU)",
             choices=("none", "w8", "w4", "w8a8", "fp8w8a8", "fp8w8a8-b128", "w4a16"),
+            choice_stages=tuple((word, "-") for word in ("w8a8", "fp8w8a8", "fp8w8a8-b128", "w4a16")),
         ),
     ] = "none"
     kv_cache_dtype: Annotated[
@@ -150,7 +150,7 @@ class EngineSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     batch_max_tokens: Annotated[
         int,
         Flag(
-            "tokens computed in one step, prefill and decode together; auto = 8192 on a GPU, 128 on a CPU",
+            "tokens computed in one step, prefill and decode together; auto = 4096 on a GPU, 128 on a CPU",
             low=1,
             unset="auto",
         ),
@@ -236,7 +236,10 @@ class ParallelSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         str | None, Flag("draft model, where the checkpoint carries none", stage="D", metavar="PATH")
     ] = None
     draft_ngram: Annotated[
-        int, Flag("n-gram drafting, up to this many tokens a step; 0 = off", stage="D", high=64)
+        int,
+        Flag(
+            "single streams draft up to this many tokens a step from their own text (CPU); 0 = off", high=64
+        ),
     ] = 0
 
 

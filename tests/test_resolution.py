@@ -105,7 +105,7 @@ def test_gpu_defaults(monkeypatch):
     config = run(machine=GPU).config
     assert (config.engine.device, config.engine.batch_max_tokens, config.engine.chunked_prefill_size) == (
         "cuda",
-        8192,
+        4096,
         4096,
     )
     message = refusal("--tp 4", machine=GPU)
@@ -133,7 +133,6 @@ def test_a_visible_gpu_is_used_unless_told_otherwise():
 
 # One value other than the default for every reserved flag.
 RESERVED = {
-    "quant_type": "w8",
     "kv_cache_dtype": "int8",
     "advertise_host": "10.0.0.1",
     "httpserver_workers": "2",
@@ -150,7 +149,6 @@ RESERVED = {
     "mtp_mode": "deepseekv3",
     "mtp_step": "1",
     "mtp_draft_model_dir": "d",
-    "draft_ngram": "2",
     "pd_master_ip": "10.0.0.1",
     "pd_master_port": "5",
     "kv_transport": "shm",
@@ -187,6 +185,7 @@ def test_reserved_flag_is_refused_by_name(name):
         ("run_mode", "prefill"),
         ("run_mode", "config_server"),
         ("attention_backend", "flashinfer"),
+        ("quant_type", "w8a8"),
     ],
 )
 def test_reserved_value_of_a_built_flag_is_refused(flag, value):
@@ -286,6 +285,21 @@ def test_open_server_without_key_is_warned_about():
     assert "--api_key" in run("--host 0.0.0.0").warnings[0]
     assert run("--host 0.0.0.0", environ={"LIGHTLLM_API_KEY": "k"}).warnings == []
     assert run("--host 127.1.2.3").warnings == []
+
+
+def test_weights_are_quantised_on_a_cpu_only():
+    for quant_type in ("w8", "w4"):
+        assert run(f"--quant_type {quant_type}").config.model.quant_type == quant_type
+        assert run(f"--quant_type {quant_type} --device cpu", machine=GPU).config.engine.device == "cpu"
+        message = refusal(f"--quant_type {quant_type}", machine=GPU)
+        assert message.startswith(f"--quant_type {quant_type} and --device auto (here a GPU)")
+
+
+def test_drafts_are_verified_on_a_cpu_only():
+    assert run("--draft_ngram 5").config.parallel.draft_ngram == 5
+    assert refusal("--draft_ngram 5", machine=GPU).startswith(
+        "--draft_ngram 5 and --device auto (here a GPU)"
+    )
 
 
 def test_advertised_address():

@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import Metric
 from prometheus_client.process_collector import ProcessCollector
 
+from lightllm.api.process_memory import resident_bytes
 from lightllm.frontend.engine_client import EngineClientLike
 from lightllm.frontend.generation import Generation
 from lightllm.messages import EngineStats
@@ -193,6 +194,10 @@ class Metrics:
         }
         for name, value in gauges.items():
             yield _metric(name, name.replace("_", " "), "gauge", label, [({}, value)])
+        memory = [({"process": process}, size) for process, size in resident_bytes().items()]
+        yield _metric(
+            "resident_memory_bytes", "resident memory of the node's processes", "gauge", label, memory
+        )
         yield _metric("build_info", "version of lightllm", "gauge", label, [({"version": self.version}, 1)])
 
 

@@ -20,6 +20,7 @@ from lightllm.messages import (
     FromEngine,
     Ping,
     Pong,
+    RenewLeases,
     RequestOutput,
     ToEngine,
 )
@@ -29,6 +30,8 @@ from lightllm.scheduler.scheduler import Scheduler
 logger = logging.getLogger(__name__)
 
 IDLE_WAIT_S = 1.0
+TRANSFER_WAIT_S = 0.002
+"""With nothing to compute but KV on its way, the transport is asked so often how far it is."""
 
 
 class Link(Protocol):
@@ -82,10 +85,12 @@ class Engine:
         batch = self.scheduler.schedule(self.clock())
         if batch is not None:
             self.pending.append(self.executor.submit(batch))
-        has_result = len(self.pending) > (self.max_pending if batch is not None else 0)
-        if has_result:
+        for reserved in self.scheduler.take_reservations():
+            self.link.send(reserved)
+        num_steps = self.steps_total
+        if len(self.pending) > (self.max_pending if batch is not None and batch.rows else 0):
             outputs += self._take_result()
-        if outputs or has_result:
+        if outputs or self.steps_total > num_steps:
             stats = self.scheduler.stats()
             self.link.send(EngineOutput(outputs=outputs, stats=stats))
             self.on_stats(stats)
@@ -121,9 +126,8 @@ class Engine:
             outputs = self._take_result()
 
     def _take_messages(self) -> list[RequestOutput]:
-        is_idle = not self.pending and not self.scheduler.has_work
         outputs: list[RequestOutput] = []
-        for message in self.link.receive(IDLE_WAIT_S if is_idle else 0.0):
+        for message in self.link.receive(self._wait_s()):
             match message:
                 case EngineRequest():
                     outputs += _listed(self.scheduler.add(message, self.clock()))
@@ -132,13 +136,23 @@ class Engine:
                 case AbortAll():
                     for request_id in self.scheduler.request_ids():
                         self.scheduler.abort(request_id, "abort")
+                case RenewLeases(request_ids=request_ids):
+                    self.scheduler.renew(request_ids, self.clock())
                 case Ping(nonce=nonce):
                     self.link.send(Pong(nonce=nonce, stats=self.scheduler.stats()))
         return outputs
 
+    def _wait_s(self) -> float:
+        """How long the next turn may wait for a message."""
+        if self.pending:
+            return 0.0
+        if not self.scheduler.has_work:
+            return IDLE_WAIT_S
+        return TRANSFER_WAIT_S if self.scheduler.is_only_transferring else 0.0
+
     def _take_result(self) -> list[RequestOutput]:
         result = self.pending.popleft().result()
-        self.steps_total += 1
+        self.steps_total += bool(result.token_ids)  # a batch without rows is no step
         return self.scheduler.update(result)
 
     def _finish_steps_in_flight(self) -> None:

@@ -20,7 +20,8 @@ from lightllm.engine.stats import StatsLog
 from lightllm.errors import LightLLMError
 from lightllm.logs import setup_logging
 from lightllm.messages import ChildConfig, ChildFailed, ChildProgress, ChildReady, EngineInfo, EngineStats
-from lightllm.scheduler.scheduler import Scheduler, SchedulerConfig
+from lightllm.scheduler.config import SchedulerConfig
+from lightllm.scheduler.scheduler import Scheduler
 from lightllm.server.child import Parent, settle_memory
 from lightllm.server.model_files import ModelDescription, describe_model, open_weights
 
@@ -103,6 +104,7 @@ def scheduler_config(config: Config, info: EngineInfo, eos_token_ids: list[int])
         eos_token_ids=eos_token_ids,
         enable_prefix_cache=not config.engine.disable_dynamic_prompt_cache,
         enable_chunked_prefill=is_chunked,
+        draft_ngram=config.parallel.draft_ngram,
     )
 
 

@@ -37,7 +37,7 @@ _OTHER_PREFIXES = (
 
 
 class SafetensorsSource:
-    """A `WeightSource` over the safetensors files of a folder. Every thread opens its own handles.
+    """A `WeightSource` over the safetensors files of a folder. Every thread reads headers by its own handles.
 
     Raises:
         ModelLoadError: no such files, a shard is missing or damaged, or shards and index disagree.
@@ -76,10 +76,14 @@ class SafetensorsSource:
         return str(self.folder / self._find(name)[0])
 
     def load(self, name: str) -> torch.Tensor | PackedTensor:
-        """Read one tensor in its stored dtype, a floating-point one of 16 bits or more."""
+        """Read one tensor in its stored dtype, a floating-point one of 16 bits or more.
+
+        It comes with a mapping of the file of its own, which goes when the tensor does: a file that stayed
+        mapped would count as memory of the process, page by page as it is read.
+        """
         file, stored = self._find(name)
         try:
-            tensor: torch.Tensor = self._open(file).get_tensor(stored)
+            tensor: torch.Tensor = _open_file(self.folder / file).get_tensor(stored)
         except (SafetensorError, OSError, RuntimeError) as error:
             raise ModelLoadError(f"{self.folder / file}: tensor {stored} cannot be read: {error}") from error
         if tensor.dtype not in DTYPES:
@@ -105,14 +109,17 @@ class SafetensorsSource:
     def _open(self, file: str) -> Any:
         handles = self._handles.__dict__
         if file not in handles:
-            path = self.folder / file
-            try:
-                handles[file] = safe_open(path, framework="pt")
-            except FileNotFoundError as error:
-                raise ModelLoadError(f"{path}: no such file; the checkpoint is incomplete") from error
-            except (SafetensorError, OSError) as error:
-                raise ModelLoadError(f"{path}: damaged or truncated safetensors file: {error}") from error
+            handles[file] = _open_file(self.folder / file)
         return handles[file]
+
+
+def _open_file(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError as error:
+        raise ModelLoadError(f"{path}: no such file; the checkpoint is incomplete") from error
+    except (SafetensorError, OSError) as error:
+        raise ModelLoadError(f"{path}: damaged or truncated safetensors file: {error}") from error
 
 
 def _text_name(name: str) -> str:

@@ -28,6 +28,7 @@ from lightllm.weights.base import WeightSource
 from lightllm.worker.inputs import RowTables
 from lightllm.worker.memory import graph_sizes, num_kv_slots, plan_memory
 from lightllm.worker.model_runner import LaunchedStep, ModelRunner, Runner
+from lightllm.worker.quantization import quantized
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ class Worker:
         """
         started = time.perf_counter()
         device = make_device(config.engine.device)
-        dtype, reason = device.choose_dtype(config.model.dtype, model_config.dtype)
+        dtype, reason = _choose_dtype(config, model_config, device)
         logger.info("computing in %s: %s", _name(dtype), reason)
         device.prepare()
         backend, ops = _choose(config, model_config, dtype, device)
@@ -62,7 +63,7 @@ class Worker:
         max_len = min(config.engine.max_req_total_len, model_config.max_context_len)
         model = load_model(
             model_config,
-            source,
+            quantized(source, config.model.quant_type, model_config),
             dtype=dtype,
             device=device.torch_device,
             backend=backend,
@@ -70,7 +71,7 @@ class Worker:
             num_threads=config.environment.loadworker,
             progress=lambda done, total: progress("loading weights", done, total),
             max_len=max_len,
-            packed=ops.computes_packed and config.model.dtype == "auto",
+            packed=_keeps_packed(config, ops),
         )
         # Two pools of threads would fight for the cores: beside one of its own kernels torch has one thread.
         num_threads = config.environment.omp_num_threads if ops.uses_torch_threads else 1
@@ -99,6 +100,17 @@ class Worker:
     def info(self) -> EngineInfo:
         """What was loaded, where, and its capacity."""
         return self._info
+
+
+def _choose_dtype(config: Config, model_config: ModelConfig, device: Device) -> tuple[torch.dtype, str]:
+    if config.model.quant_type != "none" and config.model.dtype == "auto":
+        return torch.float32, f"what kernels on weights of --quant_type {config.model.quant_type} compute in"
+    return device.choose_dtype(config.model.dtype, model_config.dtype)
+
+
+def _keeps_packed(config: Config, ops: Ops) -> bool:
+    """Whether quantised weights stay so: where that is fast, unless a dtype is asked for; and where asked."""
+    return config.model.quant_type != "none" or (ops.computes_packed and config.model.dtype == "auto")
 
 
 def _choose(

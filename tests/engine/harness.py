@@ -18,7 +18,8 @@ from lightllm.messages import (
     ToEngine,
 )
 from lightllm.sampling_params import SamplingParams
-from lightllm.scheduler.scheduler import Scheduler, SchedulerConfig
+from lightllm.scheduler.config import SchedulerConfig
+from lightllm.scheduler.scheduler import Scheduler
 from lightllm.worker.inputs import RowTables
 from lightllm.worker.model_runner import LaunchedStep, ModelRunner, Runner
 

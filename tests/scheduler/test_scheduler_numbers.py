@@ -84,7 +84,7 @@ def test_check_integrity_finds_damage(damage):
     elif damage == "lock":
         request.tree_node.num_locks += 1
     else:
-        scheduler._num_committed_tokens += 1
+        scheduler._rows.num_committed_tokens += 1
     with pytest.raises(AssertionError, match=r"\d"):
         scheduler.check_integrity()
 
