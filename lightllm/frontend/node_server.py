@@ -82,6 +82,7 @@ class NodeServer:
             "requests_waiting": self.router.num_waiting,
             "failovers": self.router.failovers,
             "nodes": [node.as_json() for node in self.router.directory.all()],
+            "pairs": self.router.probes.as_json(),
             "refused": self.refusals,
         }
 

@@ -70,6 +70,7 @@ class RoutedRequest:
         has_first: the tokens of the decode leg may be passed on: the first one has come, or is its own.
         held: outputs of the decode leg that came too early.
         is_solo: no transfer any more; one node does it all.
+        is_pinned: it tries one pair, and goes nowhere else.
         avoid: nodes that failed it since it last waited.
         wait_until_s: monotonic end of its waiting for a node, 0 while it does not wait.
     """
@@ -89,6 +90,7 @@ class RoutedRequest:
         self.is_new = True
         self.has_shared_prompt = False
         self.is_solo = False
+        self.is_pinned = False
         self.avoid: set[str] = set()
         self.wait_until_s = 0.0
         self.num_legs = 0
@@ -150,6 +152,33 @@ class RoutedRequest:
         if self.decode is None and self.prefill is None:
             return "waiting"
         return "decoding" if self.tokens else "prefilling"
+
+
+class Legs(dict[str, Leg]):
+    """All live legs by id, and what they take of their nodes."""
+
+    def new(self, routed: RoutedRequest, node: Node, kind: str) -> Leg:
+        """Give a node something to do for a request."""
+        routed.num_legs += 1
+        request = routed.request
+        num_tokens = len(request.prompt_token_ids) + request.sampling_params.max_new_tokens
+        leg = Leg(f"{request.request_id}#{routed.num_legs}{kind}", routed, node, kind, num_tokens)
+        self[leg.leg_id] = leg
+        node.legs.add(leg.leg_id)
+        node.promised_tokens += num_tokens
+        return leg
+
+    def drop(self, leg: Leg) -> None:
+        """The node has nothing to do with it any more; nothing happens if that was known."""
+        routed = leg.routed
+        if self.pop(leg.leg_id, None) is None:
+            return
+        leg.node.legs.discard(leg.leg_id)
+        leg.node.promised_tokens -= leg.num_tokens
+        if routed.prefill is leg:
+            routed.prefill = None
+        if routed.decode is leg:
+            routed.decode = None
 
 
 class Histories:

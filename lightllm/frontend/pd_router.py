@@ -21,7 +21,8 @@ from lightllm.cluster_messages import NodeReport
 from lightllm.errors import CapacityError
 from lightllm.frontend.engine_client import FinishRate, OutputSink, hand_over
 from lightllm.frontend.node_directory import Node, NodeDirectory
-from lightllm.frontend.pd_request import Histories, Leg, RoutedRequest
+from lightllm.frontend.pd_probe import PairProbes
+from lightllm.frontend.pd_request import Histories, Leg, Legs, RoutedRequest
 from lightllm.messages import (
     AbortRequest,
     EngineInfo,
@@ -61,7 +62,7 @@ class PDRouter:
         max_queued_requests: how many may wait for a node.
 
     Attributes:
-        directory: the registered nodes.
+        directory: the registered nodes; `probes`, which of them can reach each other.
         failovers: legs that were sent again elsewhere, by reason.
     """
 
@@ -69,11 +70,12 @@ class PDRouter:
 
     def __init__(self, *, vocab_size: int, max_queued_requests: int) -> None:
         self.directory = NodeDirectory()
+        self.probes = PairProbes(self, vocab_size)
         self.failovers: dict[str, int] = {}
         self._vocab_size = vocab_size
         self._max_queued = max_queued_requests
         self._requests: dict[str, RoutedRequest] = {}
-        self._legs: dict[str, Leg] = {}
+        self._legs = Legs()
         self._waiting: deque[RoutedRequest] = deque()
         self._siblings: dict[str, list[RoutedRequest]] = {}
         self._histories = Histories()
@@ -126,10 +128,13 @@ class PDRouter:
             raise CapacityError(message, code="no_nodes", retry_after_s=NO_NODES_RETRY_S)
 
     def require_pair(self) -> None:
-        """Raise the 503 error that says which role is missing."""
+        """Raise the 503 error that says which role is missing, or that no KV moves between them."""
         self.require_up()
         if not self.directory.of_role("prefill"):
             message = "no prefill node is registered at this pd_master; /cluster shows which nodes there are"
+            raise CapacityError(message, code="no_nodes", retry_after_s=NO_NODES_RETRY_S)
+        if not self.probes.is_any_ready:
+            message = f"no prefill node has reached a decode node: {self.probes.why_none()}"
             raise CapacityError(message, code="no_nodes", retry_after_s=NO_NODES_RETRY_S)
 
     def submit(self, request: EngineRequest, sink: OutputSink) -> None:
@@ -155,6 +160,13 @@ class PDRouter:
             self._fail(routed, "queue_full", message)
         else:
             self._route(routed)
+
+    def submit_to(self, request: EngineRequest, sink: OutputSink, prefill: Node, decode: Node) -> None:
+        """Send a request through one pair; when that fails, so does the request."""
+        routed = RoutedRequest(request, sink)
+        routed.is_pinned = True
+        self._requests[request.request_id] = routed
+        self._reserve(routed, prefill, decode)
 
     def abort(self, request_id: str, reason: str = "abort") -> None:
         """Stop a request on all its nodes and forget its sink; an unknown id is not an error."""
@@ -182,6 +194,7 @@ class PDRouter:
         """A node has registered."""
         logger.info("%s has joined (%s)", node.node_id, node.record.address)
         self.directory.add(node)
+        self.probes.node_joined(node)
         self._pump()
 
     def node_lost(self, node: Node, reason: str) -> None:
@@ -190,6 +203,7 @@ class PDRouter:
             return
         log = logger.warning if node.legs else logger.info
         log("%s has gone (%s); it held %d requests", node.node_id, reason, len(node.legs))
+        self.probes.node_lost(node)
         for leg_id in list(node.legs):
             leg = self._legs.get(leg_id)
             if leg is not None:
@@ -216,7 +230,13 @@ class PDRouter:
         if prefill is not None and request.sampling_params.max_new_tokens == 1:
             self._send_whole(routed, prefill)  # the first token is the last: nothing to decode elsewhere
             return
-        decode = self.directory.pick_decode(num_tokens, routed.avoid)
+        decode = None
+        if prefill is not None:
+            unreachable = self.probes.failed_with(prefill)
+            decode = self.directory.pick_decode(num_tokens, routed.avoid | unreachable)
+        if decode is None:
+            prefill = None
+            decode = self.directory.pick_decode(num_tokens, routed.avoid)
         if decode is None:
             self._wait(routed)
         elif prefill is None:
@@ -232,13 +252,13 @@ class PDRouter:
 
     def _send_whole(self, routed: RoutedRequest, node: Node) -> None:
         """One node does it all, from what the client already has."""
-        leg = self._new_leg(routed, node, "s")
+        leg = self._legs.new(routed, node, "s")
         routed.decode, routed.has_first = leg, True
         self._send(leg, routed.resumed(leg.leg_id))
 
     def _reserve(self, routed: RoutedRequest, prefill: Node, decode: Node) -> None:
         """Ask the decode node for slots; the prefill node hears of the request once there are some."""
-        leg = self._new_leg(routed, decode, "d")
+        leg = self._legs.new(routed, decode, "d")
         routed.decode, routed.chosen_prefill, routed.ticket = leg, prefill, secrets.token_hex(16)
         # Booked at once, so that requests that come together are spread.
         prefill.queued_tokens += len(routed.request.prompt_token_ids)
@@ -258,20 +278,10 @@ class PDRouter:
         if self.directory.get(prefill.node_id) is not prefill:
             self._leg_failed(leg, "node_lost", f"{prefill.node_id} has gone")
             return
-        routed.prefill = self._new_leg(routed, prefill, "p")
+        routed.prefill = self._legs.new(routed, prefill, "p")
         prefill.prefixes.insert(routed.request.prompt_token_ids)
         request = routed.for_prefill(routed.prefill.leg_id, node, message.num_cached_tokens)
         self._send(routed.prefill, request)
-
-    def _new_leg(self, routed: RoutedRequest, node: Node, kind: str) -> Leg:
-        routed.num_legs += 1
-        request = routed.request
-        num_tokens = len(request.prompt_token_ids) + request.sampling_params.max_new_tokens
-        leg = Leg(f"{request.request_id}#{routed.num_legs}{kind}", routed, node, kind, num_tokens)
-        self._legs[leg.leg_id] = leg
-        node.legs.add(leg.leg_id)
-        node.promised_tokens += num_tokens
-        return leg
 
     def _send(self, leg: Leg, request: EngineRequest) -> None:
         leg.note("sent")
@@ -284,9 +294,8 @@ class PDRouter:
         legs = self._legs
         for output in outputs:
             leg = legs.get(output.request_id)
-            if leg is None or leg.node is not node:
-                continue  # aborted in the meantime
-            self._take(leg, output)
+            if leg is not None and leg.node is node:  # else it was aborted in the meantime
+                self._take(leg, output)
 
     def _take(self, leg: Leg, output: RequestOutput) -> None:
         if output.finish_reason is not None:
@@ -352,13 +361,13 @@ class PDRouter:
                     queue_s=output.queue_s,
                 )
                 self._prefilled(leg, plain)
-            self._drop_leg(leg)
+            self._legs.drop(leg)
             return
         if routed.decode is leg and not routed.has_first:
             routed.held.append(output)
             return
         leg.note(f"finished: {output.finish_reason}")
-        self._drop_leg(leg)
+        self._legs.drop(leg)
         self._rate.add()
         routed.tokens += output.new_token_ids
         self._end(routed, "abort")
@@ -376,7 +385,7 @@ class PDRouter:
         leg.note(f"failed: {code}")
         leg.node.last_error = message
         is_decode = routed.decode is leg
-        self._drop_leg(leg)
+        self._legs.drop(leg)
         if not is_decode and routed.decode is not None and routed.decode.has_output and routed.has_first:
             return  # all KV has arrived, and the decode node goes on by itself
         other = routed.prefill if is_decode else routed.decode
@@ -394,8 +403,10 @@ class PDRouter:
                 routed.avoid.add(leg.node.node_id)
             # A transfer that failed may fail again: the decode node computes the prompt itself.
             routed.is_solo = routed.is_solo or code in ("kv_transfer_failed", "lease_expired")
-            logger.warning("request %s: %s; it goes on elsewhere", routed.request.request_id, message)
-        if routed.num_attempts >= MAX_ATTEMPTS:
+            logger.warning("request %s: %s", routed.request.request_id, message)
+        if routed.is_pinned:
+            self._fail(routed, code, message)
+        elif routed.num_attempts >= MAX_ATTEMPTS:
             self._fail(routed, code, f"{message} (attempt {routed.num_attempts}, the last one)")
         else:
             self._route(routed)
@@ -414,18 +425,7 @@ class PDRouter:
     def _abort_leg(self, leg: Leg, reason: str = "abort") -> None:
         leg.node.send(AbortRequest(request_id=leg.leg_id, reason=reason))
         leg.note("aborted")
-        self._drop_leg(leg)
-
-    def _drop_leg(self, leg: Leg) -> None:
-        routed = leg.routed
-        if self._legs.pop(leg.leg_id, None) is None:
-            return
-        leg.node.legs.discard(leg.leg_id)
-        leg.node.promised_tokens -= leg.num_tokens
-        if routed.prefill is leg:
-            routed.prefill = None
-        if routed.decode is leg:
-            routed.decode = None
+        self._legs.drop(leg)
 
     def _end(self, routed: RoutedRequest, reason: str) -> None:
         """Forget a request; whatever of it still runs is aborted."""

@@ -53,7 +53,7 @@ LAYOUT = KVLayout(
 
 
 class NodeOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """How the node behaves; times in seconds."""
+    """How the node behaves; times in seconds. `num_transfers`: so many succeed, the rest fails."""
 
     role: str
     name: str
@@ -66,7 +66,7 @@ class NodeOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     lease_s: float = 30.0
     full_after_s: float = 0.2
     drain_s: float = 5.0
-    fails_transfers: bool = False
+    num_transfers: int = 10**9
     dtype: str = "float32"
 
 
@@ -199,7 +199,8 @@ class FakeEngine:
         assert work.kv_sent is not None
         host, _, port = target.address.rpartition(":")
         try:
-            if self.options.fails_transfers:
+            self.options.num_transfers -= 1
+            if self.options.num_transfers < 0:
                 raise ConnectionError("told to fail")
             with socket.create_connection((host, int(port)), timeout=2) as peer:
                 peer.sendall(msgspec.msgpack.encode((target.ticket, token)))

@@ -62,6 +62,11 @@ class Cluster:
         """Until exactly these nodes are registered."""
         await until(lambda: {n.node_id for n in self.router.directory.all()} == set(names))
 
+    async def ready(self) -> None:
+        """Until KV has moved between two nodes."""
+        await until(lambda: self.router.probes.is_any_ready)
+        assert (await self.client.get("/readiness")).status_code == 200
+
     async def generate(self, prompt: str, num_tokens: int, **parameters: Any) -> httpx.Response:
         body = {"inputs": prompt, "parameters": {"max_new_tokens": num_tokens, **parameters}}
         return await self.client.post("/generate", json=body)

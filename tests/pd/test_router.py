@@ -7,7 +7,7 @@ import time
 import pytest
 
 from lightllm.frontend import pd_router
-from tests.pd.harness import Cluster, expected, run
+from tests.pd.harness import Cluster, expected, run, until
 
 
 async def pair(cluster: Cluster, **options) -> None:
@@ -20,7 +20,7 @@ def test_a_pair_answers_as_one_node_would() -> None:
     async def test(cluster: Cluster) -> None:
         assert (await cluster.client.get("/readiness")).status_code == 503
         await pair(cluster)
-        assert (await cluster.client.get("/readiness")).status_code == 200
+        await cluster.ready()
         reply = await cluster.generate("one prompt", 20)
         assert reply.json()["generated_text"] == [expected("one prompt", 20)]
         assert reply.json()["finish_reason"] == "length"
@@ -34,6 +34,7 @@ def test_a_pair_answers_as_one_node_would() -> None:
 def test_samples_share_a_prompt_and_logprobs_come_from_both_nodes() -> None:
     async def test(cluster: Cluster) -> None:
         await pair(cluster)
+        await cluster.ready()
         reply = await cluster.generate("several", 8, n=3)
         assert reply.json()["generated_text"] == [expected("several", 8)] * 3
         body = {"model": "tiny", "prompt": "echo", "max_tokens": 5, "logprobs": 1, "echo": True}
@@ -112,13 +113,28 @@ def test_a_killed_prefill_node_costs_only_time() -> None:
 
 def test_a_transfer_that_fails_is_computed_by_the_decode_node() -> None:
     async def test(cluster: Cluster) -> None:
-        cluster.start("prefill", "p1", fails_transfers=True)
+        cluster.start("prefill", "p1", num_transfers=1)
         cluster.start("decode", "d1")
         await cluster.wait_for("p1", "d1")
+        await cluster.ready()
         text, _ = await cluster.stream("no transfer", 12)
         assert text == expected("no transfer", 12)
         assert cluster.router.failovers == {"kv_transfer_failed": 1}
         await cluster.idle()
+
+    run(test)
+
+
+def test_a_pair_without_a_transfer_is_not_ready_and_requests_do_without_it() -> None:
+    async def test(cluster: Cluster) -> None:
+        cluster.start("prefill", "p1", num_transfers=0)
+        cluster.start("decode", "d1")
+        await cluster.wait_for("p1", "d1")
+        await until(lambda: bool(cluster.router.probes.as_json()[0]["fault"]))
+        reply = await cluster.client.get("/readiness")
+        assert reply.status_code == 503
+        assert "p1 -> d1: p1: kv_transfer_failed" in reply.json()["message"]
+        assert (await cluster.generate("solo", 7)).json()["generated_text"] == [expected("solo", 7)]
 
     run(test)
 
