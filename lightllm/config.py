@@ -254,6 +254,7 @@ class PDSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             "auto = the first that a pair can use of p2p, shm, nixl, tcp",
             stage="P",
             choices=("auto", "shm", "p2p", "nixl", "tcp"),
+            choice_stages=(("p2p", "-"), ("nixl", "-")),
         ),
     ] = "auto"
     kv_port: Annotated[
@@ -385,6 +386,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     observability: ObservabilitySection = ObservabilitySection()
     security: SecuritySection = SecuritySection()
     environment: Environment = Environment()
+
+    @property
+    def moves_kv(self) -> bool:
+        """Whether the engine of this node has a KV link to those of others."""
+        return self.server.run_mode in ("prefill", "decode")
 
     def flags(self) -> dict[str, Any]:
         """Return flag name -> value in the order of the table, secrets masked: for logs and `--dry_run`."""

@@ -21,6 +21,9 @@ UNIONS = {
     "FromEngine": messages.FromEngine,
     "ToChild": messages.ToChild,
     "FromChild": messages.FromChild,
+    "FromRank": messages.FromRank,
+    "ToMachine": messages.ToMachine,
+    "FromMachine": messages.FromMachine,
 }
 # Sent between engine and worker, where the direction alone tells the type.
 DIRECT = {messages.ScheduledBatch, messages.StepOutput}

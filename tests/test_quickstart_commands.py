@@ -124,16 +124,16 @@ COMMANDS = commands()
 # What each command asks for that this version refuses, in the order above.
 NOT_BUILT = [
     [],
-    ["--tp"],
-    ["--tp", "--nnodes", "--nccl_host"],
-    ["--tp", "--nnodes", "--node_rank", "--nccl_host"],
+    [],
+    [],
+    [],
     ["--run_mode"],
-    ["--run_mode", "--tp", "--nccl_port", "--pd_master_ip", "--pd_master_port"],
-    ["--run_mode", "--tp", "--nccl_port", "--pd_master_ip", "--pd_master_port"],
+    ["--run_mode", "--pd_master_ip", "--pd_master_port"],
+    ["--run_mode", "--pd_master_ip", "--pd_master_port"],
     ["--run_mode", "--config_server_host", "--config_server_port"],
     ["--run_mode", "--config_server_host", "--config_server_port"],
-    ["--run_mode", "--tp", "--nccl_port", "--config_server_host", "--config_server_port"],
-    ["--run_mode", "--tp", "--nccl_port", "--config_server_host", "--config_server_port"],
+    ["--run_mode", "--config_server_host", "--config_server_port"],
+    ["--run_mode", "--config_server_host", "--config_server_port"],
 ]
 
 

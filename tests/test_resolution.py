@@ -7,6 +7,7 @@ from lightllm.cli import parse
 from lightllm.config import FLAGS
 from lightllm.env import Environment
 from lightllm.errors import ConfigError
+from lightllm.flag import BUILT_STAGES
 from lightllm.model_config import ModelConfig
 from lightllm.resolution import Machine, resolve
 
@@ -100,8 +101,7 @@ def test_whole_prompts_need_room_in_a_step():
     assert any("--batch_max_tokens" in text for text in unknown.unchecked)
 
 
-def test_gpu_defaults(monkeypatch):
-    monkeypatch.setattr("lightllm.resolution.BUILT_STAGES", frozenset({"S", "G", "T"}))
+def test_gpu_defaults():
     config = run(machine=GPU).config
     assert (config.engine.device, config.engine.batch_max_tokens, config.engine.chunked_prefill_size) == (
         "cuda",
@@ -138,12 +138,6 @@ RESERVED = {
     "httpserver_workers": "2",
     "long_truncation_mode": "head",
     "enable_deterministic": None,
-    "tp": "2",
-    "nnodes": "2",
-    "node_rank": "1",
-    "nccl_host": "10.0.0.1",
-    "nccl_port": "5",
-    "multinode_port": "5",
     "dp": "2",
     "moe_mode": "ep",
     "mtp_mode": "deepseekv3",
@@ -161,13 +155,12 @@ RESERVED = {
     "reasoning_parser": "none",
     "otlp_endpoint": "http://c:4317",
     "cors_origins": "*",
-    "cluster_token": "secret-token",
 }
 
 
 def test_the_list_of_reserved_flags_is_complete():
     stages = {spec.name: spec.flag.stage for spec in FLAGS.values() if spec.section != "graph"}
-    assert {name for name, stage in stages.items() if stage != "S"} == set(RESERVED)
+    assert {name for name, stage in stages.items() if stage not in BUILT_STAGES} == set(RESERVED)
 
 
 @pytest.mark.parametrize("name", RESERVED)
@@ -193,7 +186,7 @@ def test_reserved_value_of_a_built_flag_is_refused(flag, value):
 
 
 def test_reserved_flag_may_have_its_default():
-    skipped = ("enable_deterministic", "advertise_host", "multinode_port", "cors_origins", "cluster_token")
+    skipped = ("enable_deterministic", "advertise_host", "cors_origins")
     line = " ".join(f"--{name} {FLAGS[name].default_text}" for name in RESERVED if name not in skipped)
     result = run(f"{line} --multinode_port 28766 --advertise_host 127.0.0.1")
     assert (result.not_built, result.warnings) == ([], [])
@@ -202,18 +195,17 @@ def test_reserved_flag_may_have_its_default():
 def test_dry_run_lists_what_is_refused():
     result = run("--dry_run --tp 8 --kv-transport shm --pd_decode_rpyc_port 5", environ={"LIGHTLLM_DP": "2"})
     assert [text.split(":")[0] for text in result.not_built] == [
-        "--tp",
         "--dp",
         "--kv_transport",
         "--kv_port",
     ]
-    assert "from LIGHTLLM_DP" in result.not_built[1]
-    assert "from" not in result.not_built[2]
-    assert "from --pd_decode_rpyc_port" in result.not_built[3]
+    assert "from LIGHTLLM_DP" in result.not_built[0]
+    assert "from" not in result.not_built[1]
+    assert "from --pd_decode_rpyc_port" in result.not_built[2]
 
 
 def test_all_refusals_come_at_once():
-    assert len(refusal("--tp 2 --dp 2").splitlines()) == 2
+    assert len(refusal("--dp 2 --moe_mode ep").splitlines()) == 2
 
 
 def test_graph_flags_on_a_cpu_are_one_warning():
@@ -266,12 +258,17 @@ def test_cross_rules_name_both_flags(line, flags):
         f"--run_mode pd_master {DIRECTORY}",
         "--run_mode pd_master",
         f"--run_mode config_server {DIRECTORY}",
-        "--tp 16 --nnodes 2 --node_rank 1 --nccl_host 10.0.0.1",
         "--mtp_mode deepseekv3 --mtp_step 1",
     ],
 )
 def test_lines_that_are_right(line):
     assert run(f"{line} --dry_run", model=None).not_built
+
+
+def test_several_machines():
+    result = run("--tp 16 --nnodes 2 --node_rank 1 --nccl_host 10.0.0.1 --dry_run", model=None)
+    assert result.not_built == []
+    assert "--nccl_host 10.0.0.1: not contacted" in result.unchecked
 
 
 def test_peers_are_not_contacted():

@@ -93,12 +93,12 @@ class Device(ABC):
         """Wait until everything is done that was called for."""
 
 
-def make_device(name: str) -> Device:
-    """Make the device of that key of DEVICES.
+def make_device(name: str, index: int = 0) -> Device:
+    """Make the device of that key of DEVICES; `index` says which, where a machine has several.
 
     Raises:
         ConfigError: it cannot be used here.
     """
     module, _, attribute = DEVICES[name].partition(":")
     make: Any = getattr(importlib.import_module(module), attribute)
-    return cast(Device, make())
+    return cast(Device, make(index))

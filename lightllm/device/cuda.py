@@ -1,4 +1,4 @@
-"""CudaDevice: the first visible NVIDIA GPU.
+"""CudaDevice: one of the visible NVIDIA GPUs.
 
 Everything runs on one stream, so that work is done in the order of the calls; the host runs ahead and waits
 only in `Download.result`. Runs in the worker.
@@ -35,6 +35,9 @@ class CudaDownload(Download):
 class CudaDevice(Device):
     """See the base class.
 
+    Args:
+        index: in the list of visible GPUs; made the current one of this thread.
+
     Raises:
         ConfigError: there is no usable GPU; the message says why.
     """
@@ -42,14 +45,15 @@ class CudaDevice(Device):
     name: ClassVar[str] = "cuda"
     is_async: ClassVar[bool] = True
 
-    def __init__(self) -> None:
+    def __init__(self, index: int = 0) -> None:
         if not torch.cuda.is_available():
             build = "a CPU build" if torch.version.cuda is None else f"built for CUDA {torch.version.cuda}"
             raise ConfigError(
                 f"--device cuda: torch {torch.__version__} ({build}) sees no GPU; check the driver, "
                 "CUDA_VISIBLE_DEVICES and the build of torch, or use --device cpu"
             )
-        self.torch_device = torch.device("cuda", torch.cuda.current_device())
+        self.torch_device = torch.device("cuda", index)
+        torch.cuda.set_device(self.torch_device)
         properties = torch.cuda.get_device_properties(self.torch_device)
         capability = (properties.major, properties.minor)
         if capability < MIN_CAPABILITY:

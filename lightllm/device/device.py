@@ -141,12 +141,12 @@ class Fetched(Download):
 
 
 class CpuDevice(Device):
-    """See the base class: every call is done when it returns."""
+    """See the base class: every call is done when it returns. All ranks of a machine share the one CPU."""
 
     name: ClassVar[str] = "cpu"
     is_async: ClassVar[bool] = False
 
-    def __init__(self) -> None:
+    def __init__(self, index: int = 0) -> None:
         self.torch_device = torch.device("cpu")
         self.label = f"{os.cpu_count()} hardware threads"
 

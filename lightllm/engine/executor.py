@@ -1,8 +1,8 @@
 """Executors compute scheduled batches; the engine sees nothing of where.
 
-`submit` returns a Pending at once, whatever the executor: a thread of this process now, worker processes and
-other hosts later. Batches are computed strictly in the order of submission, which is what lets the scheduler
-reuse slots and rows without waiting.
+`submit` returns a Pending at once, whatever the executor: a thread of this process here, worker processes on
+one or several machines in process_executor.py. Batches are computed strictly in the order of submission,
+which is what lets the scheduler reuse slots and rows without waiting.
 """
 
 from abc import ABC, abstractmethod
@@ -34,6 +34,10 @@ class Executor(ABC):
     @abstractmethod
     def info(self) -> EngineInfo:
         """Device, dtype and capacity of the loaded model."""
+
+    def check(self) -> None:
+        """Raise WorkerDied if a worker is gone. Cheap: called in every turn of the loop."""
+        return
 
     @abstractmethod
     def close(self) -> None:

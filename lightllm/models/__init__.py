@@ -12,11 +12,13 @@ from typing import cast
 import torch
 
 from lightllm.attention.base import AttentionBackend
+from lightllm.distributed.parallel_state import Parallel
+from lightllm.distributed.shares import share_out
 from lightllm.errors import ModelLoadError
 from lightllm.layers.ops import Ops
 from lightllm.model_config import ModelConfig
 from lightllm.models.base import Model, WeightSpecs
-from lightllm.models.loader import Progress, load_weights, unused_names
+from lightllm.models.loader import Progress, column_blocks, load_weights, unused_names
 from lightllm.weights.base import WeightSource
 
 logger = logging.getLogger(__name__)
@@ -82,6 +84,7 @@ def load_model(
     device: torch.device | None = None,
     packed: bool = False,
     max_len: int | None = None,
+    parallel: Parallel | None = None,
 ) -> Model:
     """Load a model onto a device; blocks until it can compute.
 
@@ -96,13 +99,20 @@ def load_model(
         device: where it computes; None is the CPU.
         packed: keep quantised weights as stored: an eighth of the memory of float32, and slow in plain torch.
         max_len: of the longest sequence there will be; all that the config allows when left out.
+        parallel: this rank among those that share the model; None: it is alone.
+
+    Returns:
+        The model; its `config` has the dimensions that this rank computes.
 
     Raises:
+        ConfigError: the model cannot be spread over so many ranks.
         ModelLoadError: unknown architecture, or a tensor is missing or does not fit the config.
     """
     cls = model_class(config.architecture)
     cls.check(config)
     specs = cls.weight_specs(config)
+    parallel = parallel or Parallel()
+    shares = share_out(config, column_blocks(specs, source), parallel.rank, parallel.size)
     weights = load_weights(
         specs,
         source,
@@ -112,7 +122,9 @@ def load_model(
         num_threads=num_threads,
         progress=progress,
         packed=packed,
+        shares=shares,
+        collectives=parallel.collectives,
     )
     if unused := unused_names(specs, source):
         logger.warning("%d tensors are not used, among them %s", len(unused), ", ".join(unused[:3]))
-    return cls(config, weights, backend, ops, max_len or config.max_context_len)
+    return cls(shares.config, weights, backend, ops, max_len or config.max_context_len)

@@ -28,12 +28,17 @@ class LinearSpec:
         has_bias: each part has a `.bias` too.
         row_orders: of parts whose rows the checkpoint keeps in another order than layers want them: part ->
             [out_features] int64, row i of the part here is row `row_orders[part][i]` there.
+        row_axes: what all rows lie along, one axis below the other, by the names of distributed/shares.py:
+            where the weight is cut if several ranks share a model. Empty: every rank has all rows.
+        column_axis: the same for its columns; the ranks' results are then added up.
     """
 
     parts: Mapping[str, int]
     in_features: int
     has_bias: bool = False
     row_orders: Mapping[str, Tensor] = field(default_factory=dict)
+    row_axes: tuple[str, ...] = ()
+    column_axis: str = ""
 
     def below(self, module: str) -> "LinearSpec":
         """Return the same with all parts named within that module."""
@@ -42,6 +47,8 @@ class LinearSpec:
             self.in_features,
             self.has_bias,
             {f"{module}.{part}": order for part, order in self.row_orders.items()},
+            self.row_axes,
+            self.column_axis,
         )
 
 

@@ -5,6 +5,7 @@ in the worker.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from lightllm.attention.base import AttentionBackend
 from lightllm.device.forward_batch import ForwardBatch
+from lightllm.distributed.shares import INNER, KV, VOCAB, Q
 from lightllm.errors import ModelLoadError
 from lightllm.layers.activation import check_activation
 from lightllm.layers.attention import Attention
@@ -36,6 +38,11 @@ OPTIONS: Mapping[str, Any] = MappingProxyType(
         "attn_logit_softcapping": None,
         "final_logit_softcapping": None,
     }
+)
+
+# Linear of a layer -> the axes of its rows, and that of its columns, along which ranks share it.
+AXES: Mapping[str, tuple[tuple[str, ...], str]] = MappingProxyType(
+    {"qkv": ((Q, KV, KV), ""), "o": ((), Q), "gate_up": ((INNER, INNER), ""), "down": ((), INNER)}
 )
 
 
@@ -152,14 +159,18 @@ class Decoder(Model):
 
     @classmethod
     def weight_specs(cls, config: ModelConfig) -> WeightSpecs:
-        linears = {"embed": LinearSpec({cls.embed_name: config.vocab_size}, config.hidden_size)}
+        hidden, vocab = config.hidden_size, config.vocab_size
+        linears = {"embed": LinearSpec({cls.embed_name: vocab}, hidden, row_axes=(VOCAB,))}
         vectors = {"norm": VectorSpec(f"{cls.norm_name}.weight", config.hidden_size, cls.norm_offset)}
         if not config.tie_word_embeddings:
-            linears["lm_head"] = LinearSpec({cls.head_name: config.vocab_size}, config.hidden_size)
+            linears["lm_head"] = LinearSpec({cls.head_name: vocab}, hidden, row_axes=(VOCAB,))
         layer_linears, layer_norms = cls.layer_linears(config), cls.layer_norms(config)
         for i in range(config.num_hidden_layers):
             for name, linear in layer_linears.items():
-                linears[f"{i}.{name}"] = linear.below(f"model.layers.{i}")
+                row_axes, column_axis = AXES[name]
+                linears[f"{i}.{name}"] = replace(
+                    linear.below(f"model.layers.{i}"), row_axes=row_axes, column_axis=column_axis
+                )
             for name, norm in layer_norms.items():
                 vectors[f"{i}.{name}"] = VectorSpec(
                     f"model.layers.{i}.{norm.name}.weight", norm.size, cls.norm_offset

@@ -1,7 +1,7 @@
 """The engine process: `python -m lightllm.server.engine_main`, started by the supervisor.
 
 Assembles executor, scheduler and loop, reports readiness, and turns the first failure into one readable line.
-Imports torch only inside the executor.
+Imports torch only inside the executor, and with several ranks not at all.
 """
 
 import logging
@@ -10,20 +10,24 @@ import signal
 import threading
 import time
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightllm.config import Config, decode_config
 from lightllm.engine.core import Engine
-from lightllm.engine.executor import InProcessExecutor
+from lightllm.engine.executor import Executor, InProcessExecutor
 from lightllm.engine.link import ZmqLink
+from lightllm.engine.process_executor import ProcessExecutor
 from lightllm.engine.stats import StatsLog
-from lightllm.errors import LightLLMError
+from lightllm.errors import ConfigError, LightLLMError
 from lightllm.logs import setup_logging
 from lightllm.messages import ChildConfig, ChildFailed, ChildProgress, ChildReady, EngineInfo, EngineStats
 from lightllm.scheduler.config import SchedulerConfig
 from lightllm.scheduler.scheduler import Scheduler
 from lightllm.server.child import Parent, settle_memory
-from lightllm.server.model_files import ModelDescription, describe_model, open_weights
+from lightllm.server.fingerprint import model_fingerprint, tokenizer_fingerprint
+from lightllm.server.model_files import ModelDescription, describe_model, open_weights, tokenizer_files
+from lightllm.server.other_machine import machine_record
 
 if TYPE_CHECKING:
     from lightllm.worker.worker import Worker
@@ -56,7 +60,7 @@ def _serve(parent: Parent, child: ChildConfig, config: Config) -> int:
     stopping = threading.Event()
     parent.watch(lambda message: None, lambda: _stop(stopping))
     description, observability = describe_model(config), config.observability
-    executor = InProcessExecutor(partial(_load_worker, config, description, parent))
+    executor = _make_executor(config, child, description, parent)
     info = executor.info()
     link = ZmqLink(child.address, child.reply_address)
     scheduler = Scheduler(scheduler_config(config, info, description.config.eos_token_ids))
@@ -72,12 +76,33 @@ def _serve(parent: Parent, child: ChildConfig, config: Config) -> int:
     engine.warm_up([0] * min(WARM_UP_PROMPT_TOKENS, info.max_req_total_len - 2))
     settle_memory()
     parent.send(ChildReady(info=info))
+
+    def should_stop() -> bool:
+        executor.check()
+        return stopping.is_set()
+
     try:
-        engine.run(stopping.is_set)
+        engine.run(should_stop)
     finally:
         link.close()
     executor.close()
     return 0
+
+
+def _make_executor(
+    config: Config, child: ChildConfig, description: ModelDescription, parent: Parent
+) -> Executor:
+    """The worker in a thread of this process, or one process for each of several ranks."""
+    if config.moves_kv and config.parallel.tp > 1:
+        raise ConfigError(
+            f"--run_mode {config.server.run_mode} with --tp {config.parallel.tp}: KV between nodes of "
+            "several ranks is not implemented in this version; use --tp 1"
+        )
+    if config.parallel.tp == 1:
+        return InProcessExecutor(partial(_load_worker, config, description, parent))
+    directory = Path(child.address.removeprefix("ipc://")).parent
+    record = machine_record(config, description) if config.parallel.nnodes > 1 else {}
+    return ProcessExecutor(config, directory, lambda *report: parent.send(_progress(*report)), record)
 
 
 def _load_worker(config: Config, description: ModelDescription, parent: Parent) -> "Worker":
@@ -85,7 +110,11 @@ def _load_worker(config: Config, description: ModelDescription, parent: Parent) 
     from lightllm.worker.worker import Worker  # torch is imported here and nowhere above
 
     source = open_weights(description)
-    return Worker.load(config, description.config, source, lambda *report: parent.send(_progress(*report)))
+    worker = Worker.load(config, description.config, source, lambda *report: parent.send(_progress(*report)))
+    if config.moves_kv:
+        hashes = model_fingerprint(description), tokenizer_fingerprint(tokenizer_files(config))
+        worker.open_kv_link(config, description.config, *hashes)
+    return worker
 
 
 def scheduler_config(config: Config, info: EngineInfo, eos_token_ids: list[int]) -> SchedulerConfig:

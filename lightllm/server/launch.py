@@ -16,14 +16,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-import msgspec
-
-from lightllm.addresses import is_loopback
 from lightllm.cli import format_error
 from lightllm.cluster_link import cluster_token
 from lightllm.config import FLAGS, Config
-from lightllm.errors import BindError, ConfigError
+from lightllm.errors import BindError
 from lightllm.messages import ChildProgress, EngineInfo
+from lightllm.server.advertise import bind_address, with_advertised_host
 from lightllm.server.supervisor import Processes, Supervisor
 
 if TYPE_CHECKING:
@@ -48,12 +46,13 @@ def launch(config: Config) -> int:
         BindError: the HTTP address is taken or not of this machine.
     """
     raise_file_limit()
+    if config.parallel.node_rank > 0:
+        return run_workers_only(config)
     processes = PROCESSES.get(config.server.run_mode, Processes())
     config = with_advertised_host(config)
     if config.server.run_mode != "normal":
-        cluster_token(
-            config.security.cluster_token, config.environment.home
-        )  # made, or refused, before all else
+        # Made, or refused, before all else.
+        cluster_token(config.security.cluster_token, config.environment.home)
     listener = bind(*bind_address(config))
     directory = Path(tempfile.mkdtemp(prefix="lightllm-"))  # made with mode 0700
     display = ProgressDisplay()
@@ -75,57 +74,15 @@ def launch(config: Config) -> int:
     return code
 
 
-def bind_address(config: Config) -> tuple[str, int]:
-    """Where this role serves HTTP."""
-    directory = config.config_server
-    if config.server.run_mode != "config_server":
-        return config.server.host, config.server.port
-    assert directory.config_server_host is not None
-    assert directory.config_server_port is not None
-    return directory.config_server_host, directory.config_server_port
+def run_workers_only(config: Config) -> int:
+    """Serve machine 0 of a node until stopped; returns the exit code."""
+    from lightllm.server.other_machine import follow
 
-
-def with_advertised_host(config: Config) -> Config:
-    """Fill in what other nodes dial where the user left it open, and refuse what they could not reach.
-
-    Raises:
-        ConfigError: a loopback address is advertised towards another machine.
-    """
-    server = config.server
-    peer = config.pd.pd_master_ip or config.config_server.config_server_host
-    if server.run_mode in ("normal", "config_server") or peer is None:
-        host = server.advertise_host or server.host
-    else:
-        host = server.advertise_host or _source_address(peer)
-        if is_loopback(host) and not _is_of_this_machine(peer):
-            raise ConfigError(
-                f"--host {server.host}: other nodes would be told to dial {host}, which is this machine, and "
-                f"{peer} is another one; give --host or --advertise_host an address that it can reach"
-            )
-    return msgspec.structs.replace(config, server=msgspec.structs.replace(server, advertise_host=host))
-
-
-def _source_address(peer: str) -> str:
-    """The address of this machine from which `peer` is reached; nothing is sent."""
-    try:
-        family, _, _, _, address = socket.getaddrinfo(peer, 9, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect(address)
-            return str(probe.getsockname()[0])
-    except OSError as error:
-        raise ConfigError(
-            f"{peer} cannot be reached from here ({error}); check the address, or give --advertise_host"
-        ) from error
-
-
-def _is_of_this_machine(host: str) -> bool:
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.bind(address)
-    except OSError:
-        return False
-    return True
+    environment = child_environment(config)
+    for name in set(os.environ) - set(environment):
+        del os.environ[name]
+    os.environ.update(environment)
+    return follow(config)
 
 
 def raise_file_limit() -> None:

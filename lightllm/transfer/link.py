@@ -166,6 +166,7 @@ class KVLink(Transport):
             receipt.hold.fail(f"receiving KV from {receipt.source.node_id}: {error}")
             raise
         finally:
+            receipt.hold.fail("receiving KV ended without a result")
             if end is not None:
                 end.close()
 

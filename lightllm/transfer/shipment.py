@@ -12,6 +12,8 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 
+import msgspec
+
 from lightllm.cluster_link import Dialer, LinkBroken, LinkRefused
 from lightllm.errors import KVTransferError
 from lightllm.messages import KVLayout, KVTarget, KVTransferOrder
@@ -118,9 +120,10 @@ class Shipment:
                     break
             self._complete(channel, order, first_token_id)
             self.hold.end(self.hold.request_id)
-        except (KVTransferError, LinkBroken, LinkRefused, OSError) as error:
+        except (KVTransferError, LinkBroken, LinkRefused, msgspec.DecodeError, OSError) as error:
             self.hold.fail(f"sending KV to {self._target.node_id} at {self._target.address}: {error}")
         finally:
+            self.hold.fail("sending KV ended without a result")
             self._close(ends)
 
     @property

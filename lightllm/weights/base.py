@@ -10,7 +10,9 @@ from typing import Protocol
 
 import torch
 
+from lightllm.errors import ModelLoadError
 from lightllm.weights import dequant
+from lightllm.weights.gguf import BLOCK_LAYOUTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,22 @@ class PackedTensor:
         data = self.data if rows is None else self.data[rows]
         return dequant.dequantize(self.type, data, self.shape[1])
 
+    def part(self, rows: range, columns: range) -> "PackedTensor":
+        """Some rows and columns of it, which must lie on the borders of blocks.
+
+        Raises:
+            ModelLoadError: they do not.
+        """
+        block = BLOCK_LAYOUTS[self.type]
+        if columns.start % block.block_size or columns.stop % block.block_size:
+            raise ModelLoadError(
+                f"columns {columns.start} to {columns.stop} of a {self.type} tensor: its blocks of "
+                f"{block.block_size} cannot be cut"
+            )
+        first, last = (edge // block.block_size * block.block_bytes for edge in (columns.start, columns.stop))
+        data = self.data[rows.start : rows.stop, first:last].contiguous()
+        return PackedTensor(self.type, data, (len(rows), len(columns)))
+
 
 class WeightSource(Protocol):
     """Tensors by HF name. All methods may be called from several threads at once."""
@@ -55,6 +73,22 @@ class WeightSource(Protocol):
 
         Raises:
             ModelLoadError: there is no such tensor.
+        """
+        ...
+
+    def block_size(self, name: str) -> int:
+        """Columns of a tensor that are stored together and cannot be cut; 1 if it is not quantised.
+
+        Raises:
+            ModelLoadError: there is no such tensor.
+        """
+        ...
+
+    def load_part(self, name: str, rows: range, columns: range | None) -> torch.Tensor | PackedTensor:
+        """As `load`, but only some rows and columns, and no more of the file than they need.
+
+        Args:
+            columns: on the borders of blocks; None where the tensor has one dimension.
         """
         ...
 

@@ -42,6 +42,17 @@ class DummySource:
         """There is none."""
         return "dummy weights"
 
+    def block_size(self, name: str) -> int:
+        """They are never quantised."""
+        return 1
+
+    def load_part(self, name: str, rows: range, columns: range | None) -> torch.Tensor | PackedTensor:
+        """Make the whole tensor, so that ranks agree, and take a part of it."""
+        tensor = self.load(name)
+        assert isinstance(tensor, torch.Tensor), "dummy weights are not quantised"
+        tensor = tensor[rows.start : rows.stop]
+        return tensor if columns is None else tensor[:, columns.start : columns.stop]
+
     def load(self, name: str) -> torch.Tensor | PackedTensor:
         """Make one tensor; the same call always gives the same values."""
         shape = self.shape(name)

@@ -13,7 +13,7 @@ import torch
 
 from lightllm.errors import ModelLoadError
 from lightllm.weights.base import PackedTensor
-from lightllm.weights.gguf import GGUFReader
+from lightllm.weights.gguf import BLOCK_LAYOUTS, GGUFReader
 from lightllm.weights.gguf_config import PERMUTED, ROPE_TENSORS
 
 _TOP_NAMES: Mapping[str, str] = MappingProxyType(
@@ -95,25 +95,45 @@ class GGUFSource:
         """The path, and the tensor's own name."""
         return f"{self.reader.path}: {self._find(name)}"
 
+    def block_size(self, name: str) -> int:
+        """Columns in a block of its packing."""
+        return BLOCK_LAYOUTS[self.reader.tensors[self._find(name)].type].block_size
+
+    def load_part(self, name: str, rows: range, columns: range | None) -> torch.Tensor | PackedTensor:
+        """A copy of some rows and columns; of permuted heads only those are read that have such rows."""
+        stored = self._find(name)
+        heads = self._permuted_heads(stored)
+        whole = self._view(stored)
+        if heads:
+            height = whole.shape[0] // heads
+            first, last = rows.start // height, -(-rows.stop // height)
+            whole = _take(whole, range(first * height, last * height), None)
+            whole = _unpermuted(whole, last - first)
+            rows = range(rows.start - first * height, rows.stop - first * height)
+        return _take(whole, rows, columns)
+
     def load(self, name: str) -> torch.Tensor | PackedTensor:
         """A view of the file, packed if quantised; permuted rows and shifted norms are copied."""
         stored = self._find(name)
+        heads = self._permuted_heads(stored)
+        whole = self._view(stored)
+        return _unpermuted(whole, heads) if heads else whole
+
+    def _view(self, stored: str) -> torch.Tensor | PackedTensor:
+        """A tensor in the file's order of rows."""
         info = self.reader.tensors[stored]
         dtype = PLAIN_DTYPES.get(info.type)
         data = torch.frombuffer(self.reader.data(stored), dtype=dtype or torch.uint8)
-        heads = self._permuted_heads(stored)
         if dtype is not None:
             plain = data.view(info.shape)
-            if self._arch in _SHIFTED_NORMS and stored.endswith("norm.weight"):
-                return plain.float() - 1.0
-            return unpermute_rows(plain, heads) if heads else plain
+            is_shifted = self._arch in _SHIFTED_NORMS and stored.endswith("norm.weight")
+            return plain.float() - 1.0 if is_shifted else plain
         if len(info.shape) != 2:
             raise ModelLoadError(
                 f"{self.reader.path}: tensor {stored}: got {info.type} {info.shape}, expected two dimensions"
             )
         rows, columns = info.shape
-        data = data.view(rows, -1)
-        return PackedTensor(info.type, unpermute_rows(data, heads) if heads else data, (rows, columns))
+        return PackedTensor(info.type, data.view(rows, -1), (rows, columns))
 
     def _find(self, name: str) -> str:
         if name not in self._stored:
@@ -149,6 +169,21 @@ class GGUFSource:
                 f"{self.reader.path}: tensor {stored}: got {rows} rows, expected a multiple of 2 * {heads}"
             )
         return heads
+
+
+def _take(
+    tensor: torch.Tensor | PackedTensor, rows: range, columns: range | None
+) -> torch.Tensor | PackedTensor:
+    if isinstance(tensor, PackedTensor):
+        return tensor.part(rows, range(tensor.shape[1]) if columns is None else columns)
+    part = tensor[rows.start : rows.stop]
+    return part if columns is None else part[:, columns.start : columns.stop]
+
+
+def _unpermuted(tensor: torch.Tensor | PackedTensor, num_heads: int) -> torch.Tensor | PackedTensor:
+    if isinstance(tensor, PackedTensor):
+        return PackedTensor(tensor.type, unpermute_rows(tensor.data, num_heads), tensor.shape)
+    return unpermute_rows(tensor, num_heads)
 
 
 def unpermute_rows(rows: torch.Tensor, num_heads: int) -> torch.Tensor:

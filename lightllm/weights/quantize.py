@@ -45,6 +45,10 @@ class QuantizedSource:
         """As the source says."""
         return self._source.file(name)
 
+    def block_size(self, name: str) -> int:
+        """As the source says, or what is about to be made."""
+        return BLOCK if name in self._packings else self._source.block_size(name)
+
     def load(self, name: str) -> Tensor | PackedTensor:
         """Read one tensor, and pack it if it has a packing.
 
@@ -52,7 +56,17 @@ class QuantizedSource:
             ConfigError: the source has it packed already.
             ModelLoadError: as the source, or its values have no scale in float16.
         """
-        tensor = self._source.load(name)
+        return self._packed(name, self._source.load(name))
+
+    def load_part(self, name: str, rows: range, columns: range | None) -> Tensor | PackedTensor:
+        """Read a part, of whole blocks of columns, and pack it as the whole would be.
+
+        Raises:
+            ConfigError, ModelLoadError: as `load`.
+        """
+        return self._packed(name, self._source.load_part(name, rows, columns))
+
+    def _packed(self, name: str, tensor: Tensor | PackedTensor) -> Tensor | PackedTensor:
         kind = self._packings.get(name)
         if kind is None:
             return tensor

@@ -6,7 +6,7 @@ them can run code.
 
 import logging
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -76,14 +76,27 @@ class SafetensorsSource:
         return str(self.folder / self._find(name)[0])
 
     def load(self, name: str) -> torch.Tensor | PackedTensor:
-        """Read one tensor in its stored dtype, a floating-point one of 16 bits or more.
+        """Read one tensor in its stored dtype, a floating-point one of 16 bits or more."""
+        return self._read(name, lambda handle, stored: handle.get_tensor(stored))
 
-        It comes with a mapping of the file of its own, which goes when the tensor does: a file that stayed
-        mapped would count as memory of the process, page by page as it is read.
+    def block_size(self, name: str) -> int:
+        """They are never quantised."""
+        self._find(name)
+        return 1
+
+    def load_part(self, name: str, rows: range, columns: range | None) -> torch.Tensor | PackedTensor:
+        """Read some rows and columns; the bytes of the others are not touched."""
+        place = (_slice(rows), *(() if columns is None else (_slice(columns),)))
+        return self._read(name, lambda handle, stored: handle.get_slice(stored)[place])
+
+    def _read(self, name: str, get: Callable[[Any, str], torch.Tensor]) -> torch.Tensor:
+        """Read through a mapping of the file that goes when the tensor does.
+
+        A file that stayed mapped would count as memory of the process, page by page as it is read.
         """
         file, stored = self._find(name)
         try:
-            tensor: torch.Tensor = _open_file(self.folder / file).get_tensor(stored)
+            tensor = get(_open_file(self.folder / file), stored)
         except (SafetensorError, OSError, RuntimeError) as error:
             raise ModelLoadError(f"{self.folder / file}: tensor {stored} cannot be read: {error}") from error
         if tensor.dtype not in DTYPES:
@@ -120,6 +133,10 @@ def _open_file(path: Path) -> Any:
         raise ModelLoadError(f"{path}: no such file; the checkpoint is incomplete") from error
     except (SafetensorError, OSError) as error:
         raise ModelLoadError(f"{path}: damaged or truncated safetensors file: {error}") from error
+
+
+def _slice(part: range) -> slice:
+    return slice(part.start, part.stop)
 
 
 def _text_name(name: str) -> str:

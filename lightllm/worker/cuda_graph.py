@@ -34,6 +34,7 @@ class DecodeGraphs:
         sizes: batch sizes, rising.
         max_len: a batch with a longer sequence is not taken.
         enable_capture: off, everything is computed eagerly: the same numbers, for tests.
+        vocab_size: columns of the logits that this rank gets; None: the model's.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class DecodeGraphs:
         sizes: list[int],
         max_len: int,
         enable_capture: bool = True,
+        vocab_size: int | None = None,
     ) -> None:
         self.model = model
         self.backend = backend
@@ -61,7 +63,8 @@ class DecodeGraphs:
         device, largest = tables.slots.device, sizes[-1]
         self._packed = torch.zeros(3 * aligned(largest), dtype=torch.int32, device=device)
         self._columns = torch.zeros(3, aligned(largest), dtype=torch.int64, device=device)
-        self._logits = torch.empty(largest, model.config.vocab_size, dtype=torch.float32, device=device)
+        width = model.config.vocab_size if vocab_size is None else vocab_size
+        self._logits = torch.empty(largest, width, dtype=torch.float32, device=device)
 
     def tensors_for(self, batch: ScheduledBatch) -> StepTensors | None:
         """Where to put the inputs of this batch; None if it is not one of decodes, or too large or long."""

@@ -22,6 +22,7 @@ from lightllm.worker.device_sampler import DeviceSample, DeviceSampler
 from lightllm.worker.device_tables import DeviceTables
 from lightllm.worker.inputs import StepInputs
 from lightllm.worker.model_runner import LaunchedStep, Runner, forward, prompt_logprobs_of
+from lightllm.worker.token_choice import OwnChoice, TokenChoice
 
 NO_SLOTS = np.empty((0, 0), dtype=np.int32)
 
@@ -32,6 +33,7 @@ class DeviceRunner(Runner):
     Args:
         model, backend, kv_pool, tables: as for ModelRunner, on the device.
         graphs: computes decode batches; None: eagerly, without padding.
+        sampler, choice: choose and score tokens; None: this rank is the only one.
     """
 
     def __init__(
@@ -42,6 +44,8 @@ class DeviceRunner(Runner):
         tables: DeviceTables,
         device: Device,
         graphs: DecodeGraphs | None,
+        sampler: DeviceSampler | None = None,
+        choice: TokenChoice | None = None,
     ) -> None:
         self.model = model
         self.backend = backend
@@ -49,7 +53,8 @@ class DeviceRunner(Runner):
         self.tables = tables
         self.device = device
         self.graphs = graphs
-        self.sampler = DeviceSampler(tables, device)
+        self.sampler = sampler or DeviceSampler(tables, device)
+        self.choice = choice or OwnChoice()
         self._last_done_s = 0.0
 
     @torch.inference_mode()
@@ -75,7 +80,9 @@ class DeviceRunner(Runner):
             if lines:
                 sample = self._sample_eagerly(hidden, inputs, lines)
             if self.tables.columns.has_prompt_logprobs[inputs.rows].any():
-                prompt_logprobs = prompt_logprobs_of(batch, inputs, hidden, self.model, self.tables)
+                prompt_logprobs = prompt_logprobs_of(
+                    batch, inputs, hidden, self.model, self.tables, self.choice
+                )
         fetched = () if sample is None else (sample.token_ids, *sample.logprobs)
         download = self.device.download(*fetched)
         return LaunchedStep(

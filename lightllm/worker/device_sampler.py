@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from lightllm.device.base import Device
+from lightllm.distributed.collectives import Collectives
 from lightllm.kernels.penalties import penalise_
 from lightllm.kernels.sample import sample_tokens
 from lightllm.messages import TokenLogprobs
@@ -131,3 +133,38 @@ class DeviceSampler:
         state = self.tables.states[row]
         assert state is not None, f"row {row} was scheduled without a request"
         return state
+
+
+class LeadingSampler(DeviceSampler):
+    """Samples where several ranks compute the model, and tells the others; see token_choice.py."""
+
+    def __init__(self, tables: DeviceTables, device: Device, collectives: Collectives) -> None:
+        super().__init__(tables, device)
+        self.collectives = collectives
+
+    def sample(self, logits: Tensor, rows: np.ndarray, lengths: np.ndarray) -> DeviceSample:
+        sampled = super().sample(logits, rows, lengths)
+        self.collectives.broadcast(sampled.token_ids)
+        return sampled
+
+
+class FollowingSampler(DeviceSampler):
+    """Hears what the leader has sampled."""
+
+    def __init__(self, tables: DeviceTables, device: Device, collectives: Collectives) -> None:
+        super().__init__(tables, device)
+        self.collectives = collectives
+
+    def sample(self, logits: Tensor, rows: np.ndarray, lengths: np.ndarray) -> DeviceSample:
+        token_ids = torch.empty(len(rows), dtype=torch.int64, device=self.device.torch_device)
+        self.collectives.broadcast(token_ids)
+        return DeviceSample(token_ids)
+
+
+def make_sampler(
+    rank: int, size: int, tables: DeviceTables, device: Device, collectives: Collectives
+) -> DeviceSampler:
+    """The one of that rank."""
+    if size == 1:
+        return DeviceSampler(tables, device)
+    return (FollowingSampler if rank else LeadingSampler)(tables, device, collectives)

@@ -21,7 +21,8 @@ from lightllm.device.kv_pool import KVPool
 from lightllm.messages import ScheduledBatch, StepOutput, TokenLogprobs
 from lightllm.models.base import Model
 from lightllm.worker.inputs import RowTables, StepInputs, split_drafts
-from lightllm.worker.sampler import RowState, SamplingRow, sample, token_logprobs
+from lightllm.worker.sampler import RowState, SamplingRow
+from lightllm.worker.token_choice import OwnChoice, TokenChoice
 
 PROMPT_LOGITS_ROWS = 64
 
@@ -57,13 +58,22 @@ class ModelRunner(Runner):
         backend: computes attention over `kv_pool`.
         kv_pool: KV of all tokens, by slot.
         tables: the rows.
+        choice: chooses tokens; None: this rank is the only one.
     """
 
-    def __init__(self, model: Model, backend: AttentionBackend, kv_pool: KVPool, tables: RowTables) -> None:
+    def __init__(
+        self,
+        model: Model,
+        backend: AttentionBackend,
+        kv_pool: KVPool,
+        tables: RowTables,
+        choice: TokenChoice | None = None,
+    ) -> None:
         self.model = model
         self.backend = backend
         self.kv_pool = kv_pool
         self.tables = tables
+        self.choice = choice or OwnChoice()
 
     def launch(self, batch: ScheduledBatch) -> LaunchedStep:
         """Compute one step; returns when its tokens are known."""
@@ -80,7 +90,7 @@ class ModelRunner(Runner):
         sequences, owners = split_drafts(batch, inputs)
         hidden = forward(self.model, self.backend, self.kv_pool, sequences, self.tables.slots)
         token_ids, logprobs = self._sample(batch, sequences, owners, hidden)
-        prompt_logprobs = prompt_logprobs_of(batch, inputs, hidden, self.model, self.tables)
+        prompt_logprobs = prompt_logprobs_of(batch, inputs, hidden, self.model, self.tables, self.choice)
         return StepOutput(
             step_id=batch.step_id,
             token_ids=token_ids,
@@ -100,7 +110,9 @@ class ModelRunner(Runner):
         last = sequences.query_lens.cumsum()[sampling] - 1
         logits = self.model.logits(hidden[torch.from_numpy(last)])  # [n, vocab]
         rows, lengths = sequences.rows[sampling], sequences.seq_lens[sampling]
-        sampled = sample(logits, [self._sampling_row(row, n) for row, n in zip(rows, lengths, strict=True)])
+        sampled = self.choice.choose(
+            logits, [self._sampling_row(row, n) for row, n in zip(rows, lengths, strict=True)]
+        )
         # Behind a refuted draft this writes nonsense, which a later step writes over before it reads there.
         self.tables.append(rows, lengths, sampled.token_ids)
         for j, token_id in enumerate(sampled.token_ids.tolist()):
@@ -155,7 +167,12 @@ def forward(
 
 
 def prompt_logprobs_of(
-    batch: ScheduledBatch, inputs: StepInputs, hidden: Tensor, model: Model, tables: Tables
+    batch: ScheduledBatch,
+    inputs: StepInputs,
+    hidden: Tensor,
+    model: Model,
+    tables: Tables,
+    choice: TokenChoice,
 ) -> dict[int, list[TokenLogprobs]]:
     """What StepOutput.prompt_logprobs holds; waits for the device if a request asked for them."""
     found: dict[int, list[TokenLogprobs]] = {}
@@ -175,6 +192,6 @@ def prompt_logprobs_of(
         for a in range(0, num_predicted, PROMPT_LOGITS_ROWS):  # bounds the memory of the logits
             b = min(a + PROMPT_LOGITS_ROWS, num_predicted)
             logits = model.logits(hidden[first + a : first + b])
-            entries += token_logprobs(logits, targets[a:b], [count] * (b - a))
+            entries += choice.score(logits, targets[a:b], [count] * (b - a))
         found[i] = entries
     return found

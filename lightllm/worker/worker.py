@@ -17,6 +17,8 @@ from lightllm.attention.registry import select_backend, select_cuda_backend
 from lightllm.config import Config
 from lightllm.device.base import Device, make_device
 from lightllm.device.kv_pool import KVPool
+from lightllm.distributed.parallel_state import Parallel
+from lightllm.distributed.shares import share_out
 from lightllm.layers.native_ops import NativeOps
 from lightllm.layers.ops import Ops
 from lightllm.messages import EngineInfo, ScheduledBatch
@@ -26,9 +28,11 @@ from lightllm.models.base import Model
 from lightllm.native.library import NativeLibrary, NativeUnavailable
 from lightllm.weights.base import WeightSource
 from lightllm.worker.inputs import RowTables
+from lightllm.worker.kv_exchange import ExchangingRunner, open_kv_link
 from lightllm.worker.memory import graph_sizes, num_kv_slots, plan_memory
 from lightllm.worker.model_runner import LaunchedStep, ModelRunner, Runner
 from lightllm.worker.quantization import quantized
+from lightllm.worker.token_choice import make_choice
 
 logger = logging.getLogger(__name__)
 
@@ -40,26 +44,34 @@ class Worker:
     """One rank: model, KV pool and row tables."""
 
     def __init__(self, runner: Runner, info: EngineInfo) -> None:
-        self._runner = runner
+        self._runner = ExchangingRunner(runner)
         self._info = info
 
     @classmethod
     def load(
-        cls, config: Config, model_config: ModelConfig, source: WeightSource, progress: Progress
+        cls,
+        config: Config,
+        model_config: ModelConfig,
+        source: WeightSource,
+        progress: Progress,
+        *,
+        device: Device | None = None,
+        parallel: Parallel | None = None,
     ) -> "Worker":
-        """Load everything; the calling thread is the one that must call `launch`.
+        """Load everything, or this rank's part; the calling thread is the one that must call `launch`.
 
         Raises:
             ConfigError: the device or the attention backend cannot be used.
             ModelLoadError: the weights do not fit the config, or the memory.
         """
         started = time.perf_counter()
-        device = make_device(config.engine.device)
+        device = device or make_device(config.engine.device)
+        parallel = parallel or Parallel()
         dtype, reason = _choose_dtype(config, model_config, device)
         logger.info("computing in %s: %s", _name(dtype), reason)
         device.prepare()
-        backend, ops = _choose(config, model_config, dtype, device)
-        free = device.free_memory_bytes()
+        backend, ops = _choose(config, model_config, dtype, device, parallel)
+        free = _own_share(device, parallel)
         max_len = min(config.engine.max_req_total_len, model_config.max_context_len)
         model = load_model(
             model_config,
@@ -68,18 +80,20 @@ class Worker:
             device=device.torch_device,
             backend=backend,
             ops=ops,
-            num_threads=config.environment.loadworker,
+            num_threads=max(1, config.environment.loadworker // parallel.local_size),
             progress=lambda done, total: progress("loading weights", done, total),
             max_len=max_len,
             packed=_keeps_packed(config, ops),
+            parallel=parallel,
         )
         # Two pools of threads would fight for the cores: beside one of its own kernels torch has one thread.
         num_threads = config.environment.omp_num_threads if ops.uses_torch_threads else 1
         logger.info("torch computes on %s", device.prepare_to_compute(num_threads))
-        ledger = plan_memory(config, model_config, dtype, device, free, model.num_bytes)
-        num_slots = num_kv_slots(config, model_config, dtype, ledger)
+        ledger = plan_memory(config, model.config, dtype, device, free, model.num_bytes)
+        # A slot has the same number on all ranks.
+        num_slots = parallel.collectives.smallest(num_kv_slots(config, model.config, dtype, ledger))
         # Slot 0 is the padding dummy.
-        pool = KVPool(model_config, num_slots + 1, dtype, device.torch_device)
+        pool = KVPool(model.config, num_slots + 1, dtype, device.torch_device)
         logger.info("memory: %s", dataclasses.replace(ledger, kv=pool.num_bytes))
         max_len = min(max_len, num_slots)
         info = EngineInfo(
@@ -91,11 +105,23 @@ class Worker:
             load_s=time.perf_counter() - started,
             attention_backend=backend.name,
         )
-        return cls(_make_runner(config, device, model, backend, pool, max_len), info)
+        return cls(_make_runner(config, device, model, backend, pool, max_len, parallel), info)
 
     def launch(self, batch: ScheduledBatch) -> LaunchedStep:
         """Start one batch; its result may be taken in another thread."""
         return self._runner.launch(batch)
+
+    def open_kv_link(
+        self, config: Config, model_config: ModelConfig, model_hash: str, tokenizer_hash: str
+    ) -> None:
+        """Let KV move between this node and others, whose hashes must be the same.
+
+        Raises:
+            ConfigError: this device or transport cannot, or the cluster token cannot be used.
+            BindError: --kv_port is taken.
+        """
+        hashes = (model_hash, tokenizer_hash)
+        self._info = open_kv_link(self._runner, self._info, config, model_config, hashes)
 
     def info(self) -> EngineInfo:
         """What was loaded, where, and its capacity."""
@@ -113,11 +139,19 @@ def _keeps_packed(config: Config, ops: Ops) -> bool:
     return config.model.quant_type != "none" or (ops.computes_packed and config.model.dtype == "auto")
 
 
+def _own_share(device: Device, parallel: Parallel) -> int:
+    """Free memory for this rank: a GPU is its own, the RAM belongs to all ranks of the machine."""
+    free = device.free_memory_bytes()
+    parallel.collectives.smallest(0)  # no rank loads before all have measured
+    return free // parallel.local_size if device.name == "cpu" else free
+
+
 def _choose(
-    config: Config, model_config: ModelConfig, dtype: torch.dtype, device: Device
+    config: Config, model_config: ModelConfig, dtype: torch.dtype, device: Device, parallel: Parallel
 ) -> tuple[AttentionBackend, Ops]:
-    """The attention backend and the operations of this device; logged with the reason."""
+    """The attention backend for this rank's heads, and the operations of its device; the reason is logged."""
     name = config.engine.attention_backend
+    model_config = share_out(model_config, {}, parallel.rank, parallel.size).config
     if device.name == "cuda":
         from lightllm.layers.triton_ops import TritonOps  # needs triton, which a CPU does not
 
@@ -148,13 +182,22 @@ def _native_library(config: Config, dtype: torch.dtype) -> NativeLibrary | None:
 
 
 def _make_runner(
-    config: Config, device: Device, model: Model, backend: AttentionBackend, pool: KVPool, max_len: int
+    config: Config,
+    device: Device,
+    model: Model,
+    backend: AttentionBackend,
+    pool: KVPool,
+    max_len: int,
+    parallel: Parallel,
 ) -> Runner:
     max_rows = config.engine.running_max_req_size
+    rank, size, collectives = parallel.rank, parallel.size, parallel.collectives
+    choice = make_choice(rank, size, collectives)
     if not device.is_async:
-        return ModelRunner(model, backend, pool, RowTables(max_rows, max_len))
+        return ModelRunner(model, backend, pool, RowTables(max_rows, max_len), choice)
     from lightllm.worker.cuda_graph import DecodeGraphs  # these need triton
     from lightllm.worker.device_runner import DeviceRunner
+    from lightllm.worker.device_sampler import make_sampler
     from lightllm.worker.device_tables import DeviceTables
 
     tables = DeviceTables(max_rows, max_len, device)
@@ -162,9 +205,16 @@ def _make_runner(
     if not config.graph.disable_cudagraph:
         longest = config.graph.graph_max_len_in_batch or max_len
         graphs = DecodeGraphs(
-            model, backend, pool, tables, sizes=graph_sizes(config), max_len=min(longest, max_len)
+            model,
+            backend,
+            pool,
+            tables,
+            sizes=graph_sizes(config),
+            max_len=min(longest, max_len),
+            vocab_size=model.config.vocab_size if parallel.is_leader else 0,
         )
-    return DeviceRunner(model, backend, pool, tables, device, graphs)
+    sampler = make_sampler(rank, size, tables, device, collectives)
+    return DeviceRunner(model, backend, pool, tables, device, graphs, sampler, choice)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -73,6 +73,7 @@ LAZY: Mapping[str, tuple[str, ...]] = MappingProxyType(
             "worker",
         ),  # the in-process executor starts its worker; the engine stays torch-free
         "models.document": ("weights.gguf_config",),  # the page names the kinds of GGUF files
+        "worker.__main__": ("server.worker_main",),  # a name to start it by; assembling is the server's
     }
 )
 

@@ -14,12 +14,15 @@ from torch import Tensor
 from lightllm.attention.registry import load_backend
 from lightllm.device.forward_batch import ForwardBatch
 from lightllm.device.kv_pool import KVPool
+from lightllm.distributed.parallel_state import Parallel
 from lightllm.errors import ModelLoadError
 from lightllm.layers.native_ops import NativeOps
 from lightllm.layers.ops import Ops
 from lightllm.model_config import ModelConfig
 from lightllm.models import load_model
 from lightllm.models.base import Model
+from lightllm.weights.base import PackedTensor
+from lightllm.weights.gguf import BLOCK_LAYOUTS
 from tests.native.available import library_or_skip
 
 # Dimensions that every HF config understands; three query heads share a KV head.
@@ -68,6 +71,18 @@ class StateSource:
 
     def load(self, name: str) -> Any:
         return self.tensors[name]
+
+    def block_size(self, name: str) -> int:
+        self.shape(name)
+        tensor = self.tensors[name]
+        return BLOCK_LAYOUTS[tensor.type].block_size if isinstance(tensor, PackedTensor) else 1
+
+    def load_part(self, name: str, rows: range, columns: range | None) -> Any:
+        tensor = self.tensors[name]
+        if isinstance(tensor, PackedTensor):
+            return tensor.part(rows, columns)
+        part = tensor[rows.start : rows.stop]
+        return part if columns is None else part[:, columns.start : columns.stop]
 
 
 def make_oracle(architecture: str, **overrides: Any) -> transformers.PreTrainedModel:
@@ -125,6 +140,7 @@ def load(
     backend: str = "torch",
     packed: bool = False,
     max_len: int | None = None,
+    parallel: Parallel | None = None,
 ) -> Model:
     library = library_or_skip() if backend == "native" else None
     return load_model(
@@ -137,6 +153,7 @@ def load(
         progress=lambda done, total: None,
         packed=packed,
         max_len=max_len,
+        parallel=parallel,
     )
 
 
