@@ -29,17 +29,21 @@ class NodeServer:
 
     Args:
         node_id, epoch: who this master is.
+        tokenizer_hash: of the tokenizer whose ids the nodes will get; empty where it is not checked.
 
     Attributes:
         refusals: the last nodes that were not let in, for `/cluster`.
     """
 
-    def __init__(self, router: PDRouter, token: bytes, *, node_id: str, epoch: int) -> None:
+    def __init__(
+        self, router: PDRouter, token: bytes, *, node_id: str, epoch: int, tokenizer_hash: str = ""
+    ) -> None:
         self.router = router
         self.node_id = node_id
         self.epoch = epoch
         self.refusals: list[dict[str, Any]] = []
         self._token = token
+        self._tokenizer_hash = tokenizer_hash
         self._links: dict[str, _NodeLink] = {}
 
     def accept(self, socket: WebSocket) -> None:
@@ -102,6 +106,10 @@ class NodeServer:
         elif record.protocol_version != PROTOCOL_VERSION:
             text = f"protocol {record.protocol_version} there, {PROTOCOL_VERSION} here: run equal versions"
             refusal = acceptor.refuse("bad_protocol", text)
+        elif record.layout is not None and self._tokenizer_hash not in ("", record.layout.tokenizer_hash):
+            text = f"{record.node_id} has another tokenizer than this pd_master; give both the same model"
+            line = f"tokenizer_hash: ours {self._tokenizer_hash}, theirs {record.layout.tokenizer_hash}"
+            refusal = acceptor.refuse("bad_layout", text, (line,))
         elif diff := self.router.directory.misfits(record):
             text = f"{record.node_id} does not fit the nodes that are here"
             refusal = acceptor.refuse("bad_layout", text, diff)

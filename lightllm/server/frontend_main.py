@@ -72,7 +72,7 @@ class Frontend:
         self.child = child
         description = describe_model(config)
         tokenizer = load_tokenizer(config)
-        self.role = role_of(config)(config, description.config.vocab_size, self._on_stats)
+        self.role = role_of(config)(config, description, self._on_stats)
         engine = self.role.engine
         self.metrics = Metrics(config.model.served_model_name[0], __version__, engine)
         timeout_s = config.server.request_timeout

@@ -18,6 +18,8 @@ from lightllm.frontend.node_agent import NodeAgent
 from lightllm.frontend.node_server import NodeServer
 from lightllm.frontend.pd_router import PDRouter
 from lightllm.messages import EngineDown, EngineStats, EngineUp
+from lightllm.server.fingerprint import tokenizer_fingerprint
+from lightllm.server.model_files import ModelDescription, tokenizer_files
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +30,7 @@ LAST_WORD_S = 0.1
 class LocalRole:
     """normal: one engine of our own."""
 
-    def __init__(self, config: Config, vocab_size: int, on_stats: OnStats) -> None:
+    def __init__(self, config: Config, description: ModelDescription, on_stats: OnStats) -> None:
         whole_tokens = config.engine.max_req_total_len if config.engine.disable_chunked_prefill else 0
         max_step_tokens = max(config.engine.batch_max_tokens, whole_tokens)
         self.local = EngineClient(on_stats=on_stats, max_step_tokens=max_step_tokens)
@@ -63,8 +65,8 @@ class LocalRole:
 class NodeRole(LocalRole):
     """prefill, decode: an engine of our own that works for pd_masters."""
 
-    def __init__(self, config: Config, vocab_size: int, on_stats: OnStats) -> None:
-        super().__init__(config, vocab_size, on_stats)
+    def __init__(self, config: Config, description: ModelDescription, on_stats: OnStats) -> None:
+        super().__init__(config, description, on_stats)
         self._config = config
         self._token = cluster_token(config.security.cluster_token, config.environment.home)
         self._epoch = new_epoch()
@@ -118,15 +120,23 @@ class NodeRole(LocalRole):
 class MasterRole:
     """pd_master: no engine of our own, but those of the nodes."""
 
-    def __init__(self, config: Config, vocab_size: int, on_stats: OnStats) -> None:
+    def __init__(self, config: Config, description: ModelDescription, on_stats: OnStats) -> None:
         self._config = config
         self._token = cluster_token(config.security.cluster_token, config.environment.home)
         self._epoch = new_epoch()
         self._entry: MasterEntryLink | None = None
-        self.router = PDRouter(vocab_size=vocab_size, max_queued_requests=config.server.max_queued_requests)
+        self.router = PDRouter(
+            vocab_size=description.config.vocab_size, max_queued_requests=config.server.max_queued_requests
+        )
         self.engine: EngineClientLike = self.router
         self.agent: NodeAgent | None = None
-        self.cluster = NodeServer(self.router, self._token, node_id="pd_master", epoch=self._epoch)
+        self.cluster = NodeServer(
+            self.router,
+            self._token,
+            node_id="pd_master",
+            epoch=self._epoch,
+            tokenizer_hash=tokenizer_fingerprint(tokenizer_files(config)),
+        )
 
     @property
     def num_live(self) -> int:
@@ -167,9 +177,9 @@ class MasterRole:
 Role = LocalRole | MasterRole
 
 
-def role_of(config: Config) -> Callable[[Config, int, OnStats], Role]:
+def role_of(config: Config) -> Callable[[Config, ModelDescription, OnStats], Role]:
     """The class for a run mode."""
-    roles: dict[str, Callable[[Config, int, OnStats], Role]] = {
+    roles: dict[str, Callable[[Config, ModelDescription, OnStats], Role]] = {
         "normal": LocalRole,
         "prefill": NodeRole,
         "decode": NodeRole,
