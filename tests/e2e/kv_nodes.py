@@ -2,6 +2,7 @@
 
 import os
 import queue
+import secrets
 import subprocess
 import sys
 import threading
@@ -31,14 +32,14 @@ from lightllm.server.child import LENGTH, frame
 TOKEN = "0123456789abcdef0123456789abcdef"
 
 
-def node_config(run_mode, transport="auto", *, model_dir=None, kv_tokens=6000):
-    """A resolved configuration of a node on this machine, with one thread."""
+def node_config(name, transport="auto", *, model_dir="smollm2-135m", kv_tokens=6000):
+    """A resolved configuration of a node on this machine, with one thread; its name begins with its role."""
     config = Config()
     replace = msgspec.structs.replace
     return replace(
         config,
         model=replace(config.model, model_dir=model_dir, dtype="float32"),
-        server=replace(config.server, run_mode=run_mode),
+        server=replace(config.server, run_mode=name.split("-")[0]),
         engine=replace(
             config.engine,
             device="cpu",
@@ -63,7 +64,8 @@ class EngineNode:
     """
 
     def __init__(self, config, directory):
-        address, reply = (f"ipc://{directory}/{config.server.run_mode}-{way}" for way in ("in", "out"))
+        name = secrets.token_hex(4)
+        address, reply = (f"ipc://{directory}/{name}-{way}" for way in ("in", "out"))
         self._context = zmq.Context(io_threads=1)
         self._inbox = self._context.socket(zmq.PULL)
         self._inbox.bind(reply)
