@@ -36,15 +36,20 @@ def run_nodes(port: int, streams: int, tokens: int, step_s: float) -> None:
     """Play both nodes until the last token is sent; print when the first step began."""
     from lightllm import messages
     from lightllm.cluster_link import Dialer, Welcome
-    from lightllm.cluster_messages import REGISTER_PATH, REGISTER_PURPOSE, NodeReport, Registration, ToNode
+    from lightllm.cluster_messages import (
+        REGISTER_PATH,
+        REGISTER_PURPOSE,
+        NodeRecord,
+        NodeReport,
+        Registration,
+        ToNode,
+    )
     from lightllm.messages import (
         EngineInfo,
         EngineOutput,
         EngineRequest,
         EngineStats,
         KVReserved,
-        NodeLoad,
-        NodeRecord,
         RequestOutput,
     )
     from lightllm.node_link import Dialling, Link
@@ -93,7 +98,7 @@ def run_nodes(port: int, streams: int, tokens: int, step_s: float) -> None:
             load_s=0,
             attention_backend="none",
         )
-        record = NodeRecord(node_id=role, epoch=1, role=role, address="none", load=NodeLoad())
+        record = NodeRecord(node_id=role, epoch=1, role=role, address="none")
         return messages.encode(Registration(record=record, info=info))
 
     async def main() -> None:

@@ -3,18 +3,19 @@
 L0. Frozen msgspec structs like those of `messages`; engine messages travel as they are.
 
     pd_master --ToNode--> prefill and decode nodes;   pd_master <--FromNode-- nodes
-    config_server <--FromMaster-- pd_master;          config_server --MasterList--> whoever watches
+    config_server <--Beat-- pd_master;                config_server --ToWatcher--> whoever follows the list
 """
 
 from lightllm.messages import (
+    PROTOCOL_VERSION,
     AbortRequest,
     EngineInfo,
     EngineOutput,
     EngineRequest,
     EngineStats,
+    KVLayout,
     KVReserved,
     Message,
-    NodeRecord,
     Part,
     RenewLeases,
 )
@@ -22,6 +23,17 @@ from lightllm.messages import (
 REGISTER_PATH, REGISTER_PURPOSE = "/pd_register", "pd_register"
 MASTER_PATH, MASTER_PURPOSE = "/pd_master_register", "pd_master_register"
 WATCH_PATH, WATCH_PURPOSE = "/pd_masters/watch", "pd_masters_watch"
+
+
+class NodeRecord(Part, frozen=True):
+    """A node as pd_master and config_server know it."""
+
+    node_id: str
+    epoch: int
+    role: str
+    address: str
+    layout: KVLayout | None = None
+    protocol_version: int = PROTOCOL_VERSION
 
 
 class Registration(Part, frozen=True):

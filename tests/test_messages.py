@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from msgspec import inspect
 
-from lightllm import messages
+from lightllm import cluster_messages, messages
 from lightllm.messages import Message
 
 UNIONS = {
@@ -24,6 +24,9 @@ UNIONS = {
     "FromRank": messages.FromRank,
     "ToMachine": messages.ToMachine,
     "FromMachine": messages.FromMachine,
+    "ToNode": cluster_messages.ToNode,
+    "FromNode": cluster_messages.FromNode,
+    "ToWatcher": cluster_messages.ToWatcher,
 }
 # Sent between engine and worker, where the direction alone tells the type.
 DIRECT = {messages.ScheduledBatch, messages.StepOutput}
@@ -84,7 +87,7 @@ def parts(kind: type[msgspec.Struct]) -> set[type[msgspec.Struct]]:
 
 
 ALL_STRUCTS = sorted(
-    set().union(*map(parts, MESSAGES), parts(messages.NodeRecord)), key=lambda kind: kind.__name__
+    set().union(*map(parts, MESSAGES), parts(cluster_messages.Registration)), key=lambda kind: kind.__name__
 )
 
 

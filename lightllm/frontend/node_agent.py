@@ -19,6 +19,7 @@ from lightllm.cluster_messages import (
     Beat,
     Bye,
     FromNode,
+    NodeRecord,
     NodeReport,
     Registration,
     ToNode,
@@ -31,8 +32,6 @@ from lightllm.messages import (
     EngineRequest,
     EngineStats,
     KVReserved,
-    NodeLoad,
-    NodeRecord,
     RenewLeases,
     RequestFailure,
     RequestOutput,
@@ -146,7 +145,6 @@ class NodeAgent:
             epoch=self.epoch,
             role=self.role,
             address=self.address,
-            load=NodeLoad(kv_free_tokens=info.kv_total_tokens),
             layout=info.kv_layout,
         )
         return Registration(record=record, info=info, version=self.version)

@@ -11,7 +11,8 @@ from typing import Any
 
 import msgspec
 
-from lightllm.messages import EngineInfo, EngineStats, KVLayout, NodeRecord
+from lightllm.cluster_messages import NodeRecord
+from lightllm.messages import EngineInfo, EngineStats, KVLayout
 
 PREFIX_BLOCK_TOKENS = 64
 MAX_PREFIX_BLOCKS = 65536

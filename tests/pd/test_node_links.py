@@ -9,14 +9,19 @@ import msgspec
 import pytest
 
 from lightllm.cluster_link import Dialer, LinkRefused, Seal, Welcome, new_epoch
-from lightllm.cluster_messages import REGISTER_PATH, REGISTER_PURPOSE, Beat, NodeReport, Registration
+from lightllm.cluster_messages import (
+    REGISTER_PATH,
+    REGISTER_PURPOSE,
+    Beat,
+    NodeRecord,
+    NodeReport,
+    Registration,
+)
 from lightllm.messages import (
     EngineInfo,
     EngineOutput,
     EngineStats,
     KVLayout,
-    NodeLoad,
-    NodeRecord,
     RequestOutput,
 )
 from lightllm.node_link import Dialling, Link
@@ -59,7 +64,7 @@ def registration(
         load_s=0.0,
         attention_backend="fake",
     )
-    record = NodeRecord(node_id=name, epoch=epoch, role=role, address="x:1", load=NodeLoad(), layout=layout)
+    record = NodeRecord(node_id=name, epoch=epoch, role=role, address="x:1", layout=layout)
     return Registration(record=record, info=info)
 
 
