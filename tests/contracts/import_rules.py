@@ -59,7 +59,7 @@ ALLOWED: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "attention": ("device", "kernels", "native"),
         "weights": (),
         "transfer": ("device", "distributed"),
-        "distributed": ("device",),
+        "distributed": ("device", "native"),
         "device": (),
         "kernels": (),
         "native": (),
