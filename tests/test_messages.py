@@ -112,7 +112,7 @@ def test_every_message_has_a_way() -> None:
 def test_every_public_struct_is_tested() -> None:
     public = {
         value
-        for name, value in vars(messages).items()
+        for name, value in {**vars(messages), **vars(cluster_messages)}.items()
         if isinstance(value, type) and issubclass(value, msgspec.Struct) and not name.startswith("_")
     }
     assert public - {Message, messages.Part} == set(ALL_STRUCTS)
