@@ -16,6 +16,7 @@ import uvloop
 
 from lightllm import __version__
 from lightllm.api.app import AppContext, create_app
+from lightllm.api.cluster_metrics import ClusterMetrics
 from lightllm.api.fields import sampling_defaults
 from lightllm.api.metrics import Metrics
 from lightllm.api.nodes import web_sockets
@@ -102,7 +103,9 @@ class Frontend:
         self.role.start(port_of(sockets))
         self.context.cluster, self.context.agent = self.role.cluster, self.role.agent
         if self.role.cluster is not None:
-            self.context.requests.nodes_of = self.role.cluster.router.describe
+            router = self.role.cluster.router
+            self.context.requests.nodes_of = router.describe
+            self.metrics.registry.register(ClusterMetrics(self.metrics.model, router))
         settle_memory()
         self.parent.send(ChildReady())
         await self.server.serve(sockets)
