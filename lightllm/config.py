@@ -275,7 +275,7 @@ class ConfigServerSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unkn
         str,
         Flag(
             "where the directory is kept: memory or etcd://host:port",
-            stage="P",
+            stage="-",
             kind="store",
             metavar="STORE",
         ),

@@ -413,30 +413,6 @@ class WorkerConfig(Message):
     host: str = "127.0.0.1"
 
 
-# ---------------------------------------------------------------- cluster
-
-
-class NodeLoad(Part):
-    """Load of a node, as reported in heartbeats."""
-
-    requests_running: int = 0
-    requests_waiting: int = 0
-    queued_prompt_tokens: int = 0
-    kv_free_tokens: int = 0
-
-
-class NodeRecord(Part):
-    """A node as pd_master and config_server know it."""
-
-    node_id: str
-    epoch: int
-    role: str
-    address: str
-    load: NodeLoad
-    layout: KVLayout | None = None
-    protocol_version: int = PROTOCOL_VERSION
-
-
 ToEngine = EngineRequest | AbortRequest | AbortAll | RenewLeases | Ping
 FromEngine = EngineOutput | KVReserved | Pong
 ToChild = ChildConfig | WorkerConfig | EngineUp | EngineDown | Drain

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from msgspec import inspect
 
-from lightllm import messages, rank_messages
+from lightllm import cluster_messages, messages, rank_messages
 from lightllm.messages import Message
 
 UNIONS = {
@@ -24,10 +24,13 @@ UNIONS = {
     "FromRank": rank_messages.FromRank,
     "ToMachine": rank_messages.ToMachine,
     "FromMachine": rank_messages.FromMachine,
+    "ToNode": cluster_messages.ToNode,
+    "FromNode": cluster_messages.FromNode,
+    "ToWatcher": cluster_messages.ToWatcher,
 }
 # Sent between engine and worker, where the direction alone tells the type.
 DIRECT = {messages.ScheduledBatch, messages.StepOutput}
-MODULES = (messages, rank_messages)
+MODULES = (messages, rank_messages, cluster_messages)
 STRUCTS = {
     value
     for module in MODULES
@@ -94,7 +97,7 @@ def parts(kind: type[msgspec.Struct]) -> set[type[msgspec.Struct]]:
 
 
 ALL_STRUCTS = sorted(
-    set().union(*map(parts, MESSAGES), parts(messages.NodeRecord)), key=lambda kind: kind.__name__
+    set().union(*map(parts, MESSAGES), parts(cluster_messages.Registration)), key=lambda kind: kind.__name__
 )
 
 
