@@ -166,7 +166,7 @@ def step_cost(num_running: int, repeat: int) -> dict[str, object]:
     prefill()
     unused = measure()
     # Fill the pool with what nobody uses, then run the same load again.
-    for request_id in scheduler.request_ids():
+    for request_id in list(scheduler.requests):
         scheduler.abort(request_id, "abort")
     fill(num_running)
     prefill()

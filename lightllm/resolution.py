@@ -212,6 +212,12 @@ def _check_cluster(case: _Case) -> None:
                 f"--run_mode {mode} needs exactly one way to its master, and {got}: --pd_master_ip with "
                 "--pd_master_port, or --config_server_host with --config_server_port"
             )
+    node_rank = case.config.parallel.node_rank
+    if node_rank and (http := case.given("host", "port")):
+        raise ConfigError(
+            f"{' and '.join(http)} with --node_rank {node_rank}: only machine 0 serves HTTP in this version; "
+            f"leave {' and '.join(http)} out"
+        )
     if mode != "normal" and nnodes > 1:
         raise ConfigError(f"--run_mode {mode} with --nnodes {nnodes}: not implemented in this version")
 
@@ -336,6 +342,9 @@ def _warnings(case: _Case) -> list[str]:
             f"--nccl_host {config.parallel.nccl_host} with --nnodes {config.parallel.nnodes}: a loopback "
             "address works only while all ranks share one machine"
         )
+    meeting = case.given("nccl_host", "nccl_port", "multinode_port")
+    if meeting and config.parallel.nnodes == 1:
+        found.append(f"{', '.join(meeting)}: no effect with one machine, whose ranks need no port")
     serves = config.server.run_mode != "config_server"
     if serves and not config.security.api_key and not is_loopback(config.server.host):
         found.append(

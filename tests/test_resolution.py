@@ -188,7 +188,7 @@ def test_reserved_value_of_a_built_flag_is_refused(flag, value):
 def test_reserved_flag_may_have_its_default():
     skipped = ("enable_deterministic", "advertise_host", "cors_origins")
     line = " ".join(f"--{name} {FLAGS[name].default_text}" for name in RESERVED if name not in skipped)
-    result = run(f"{line} --multinode_port 28766 --advertise_host 127.0.0.1")
+    result = run(f"{line} --advertise_host 127.0.0.1")
     assert (result.not_built, result.warnings) == ([], [])
 
 
@@ -226,6 +226,7 @@ DIRECTORY = "--config_server_host 10.0.0.1 --config_server_port 60088"
         ("--tp 2 --nnodes 2 --node_rank 2", ["--node_rank 2", "--nnodes 2", "0..1"]),
         ("--tp 4 --dp 3", ["--tp 4", "--dp 3"]),
         ("--tp 10", ["--tp 10", "--model_dir", "1..9"]),
+        ("--tp 2 --nnodes 2 --node_rank 1 --port 8001", ["--port", "--node_rank 1", "machine 0"]),
         ("--mtp_mode deepseekv3", ["--mtp_mode", "--mtp_step"]),
         ("--mtp_step 1", ["--mtp_mode", "--mtp_step"]),
         ("--quant_type fp8w8a8", ["--quant_type fp8w8a8", "--device auto"]),
@@ -269,6 +270,11 @@ def test_several_machines():
     result = run("--tp 16 --nnodes 2 --node_rank 1 --nccl_host 10.0.0.1 --dry_run", model=None)
     assert result.not_built == []
     assert "--nccl_host 10.0.0.1: not contacted" in result.unchecked
+
+
+def test_one_machine_needs_no_port():
+    assert "--nccl_port: no effect with one machine" in run("--tp 2 --nccl_port 2732").warnings[0]
+    assert run("--tp 2").warnings == []
 
 
 def test_peers_are_not_contacted():

@@ -4,6 +4,7 @@ Runs in the engine process. Owns the order of things and nothing else: requests 
 scheduler, tensors to the executor's workers, bytes to the link. Knows no torch, no HTTP and no tokenizer.
 """
 
+import contextlib
 import logging
 import time
 from collections import deque
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from lightllm.engine.executor import Executor, Pending
+from lightllm.engine.recovery import Recovery, StepFailed, result_of
 from lightllm.messages import (
     AbortAll,
     AbortRequest,
@@ -75,6 +77,7 @@ class Engine:
         self.on_stats = on_stats
         self.clock = clock
         self.max_pending = 1 if enable_overlap else 0
+        self.recovery = Recovery(executor, clock)
         self.pending: deque[Pending] = deque()
         self.steps_total = 0
 
@@ -96,7 +99,7 @@ class Engine:
             self.on_stats(stats)
 
     def run(self, should_stop: Callable[[], bool]) -> None:
-        """Step until `should_stop()`; an exception of a step ends the loop and the process with it."""
+        """Step until `should_stop()`; what is nobody's fault ends the loop and the process with it."""
         while not should_stop():
             self.step()
 
@@ -134,7 +137,7 @@ class Engine:
                 case AbortRequest(request_id=request_id, reason=reason):
                     outputs += _listed(self.scheduler.abort(request_id, reason))
                 case AbortAll():
-                    for request_id in self.scheduler.request_ids():
+                    for request_id in list(self.scheduler.requests):
                         self.scheduler.abort(request_id, "abort")
                 case RenewLeases(request_ids=request_ids):
                     self.scheduler.renew(request_ids, self.clock())
@@ -151,9 +154,20 @@ class Engine:
         return TRANSFER_WAIT_S if self.scheduler.is_only_transferring else 0.0
 
     def _take_result(self) -> list[RequestOutput]:
-        result = self.pending.popleft().result()
+        try:
+            result = result_of(self.pending.popleft())
+        except StepFailed as failure:
+            return self._recover(failure)
         self.steps_total += bool(result.token_ids)  # a batch without rows is no step
         return self.scheduler.update(result)
+
+    def _recover(self, failure: StepFailed) -> list[RequestOutput]:
+        """Go on without the request whose step failed; see recovery.py."""
+        while self.pending:
+            with contextlib.suppress(StepFailed):
+                result_of(self.pending.popleft())
+        self.scheduler, outputs = self.recovery.run(self.scheduler, failure, self.steps_total)
+        return outputs
 
     def _finish_steps_in_flight(self) -> None:
         while self.pending:

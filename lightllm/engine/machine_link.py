@@ -5,8 +5,10 @@ nothing has come for SILENCE_LIMIT_S counts as lost, whatever TCP says. Runs in 
 0 and in the one process that the other machines have beside their workers.
 """
 
+import contextlib
 import socket
 import threading
+import time
 from collections.abc import Callable
 
 from lightllm import messages
@@ -20,8 +22,8 @@ from lightllm.cluster_link import (
     StreamFrames,
     new_epoch,
 )
-from lightllm.errors import ClusterError
-from lightllm.messages import MachineAlive, MachineHello
+from lightllm.errors import BindError, ClusterError
+from lightllm.rank_messages import MachineAlive, MachineHello
 
 PURPOSE = "tensor parallel"
 SILENCE_LIMIT_S = 6.0
@@ -92,6 +94,33 @@ class MachineLink:
                 return  # whoever receives hears it too
 
 
+def listen_on(host: str, port: int, flag: str) -> socket.socket:
+    """Listen on an address of machine 0.
+
+    Args:
+        flag: where the port comes from.
+
+    Raises:
+        BindError: the address is not of this machine, or the port is taken.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen()
+        except OSError:
+            listener.close()
+            raise
+    except OSError as error:
+        raise BindError(
+            f"cannot listen on --nccl_host {host}, {flag} {port}: {error.strerror or error}; "
+            "--nccl_host must be an address of machine 0, and the port a free one"
+        ) from error
+    return listener
+
+
 def accept_link(
     stream: socket.socket, token: bytes, judge: Callable[[MachineHello], tuple[str, ...]]
 ) -> tuple[MachineLink, MachineHello]:
@@ -103,12 +132,13 @@ def accept_link(
     Raises:
         ClusterError: the dialer does not know the token, does not fit, or is none of ours. It was told.
     """
-    stream.settimeout(HANDSHAKE_LIMIT_S)
+    until_s = time.monotonic() + HANDSHAKE_LIMIT_S
     frames = StreamFrames()
     acceptor = Acceptor(token, PURPOSE)
     try:
+        stream.settimeout(HANDSHAKE_LIMIT_S)
         stream.sendall(StreamFrames.wrap(acceptor.challenge()))
-        greeting = acceptor.take_hello(_next_frame(stream, frames, "a machine that dialled"))
+        greeting = acceptor.take_hello(_next_frame(stream, frames, "the dialer", until_s))
         hello: MachineHello = messages.decode(greeting.detail, MachineHello)
         problems = judge(hello)
         if problems:
@@ -117,12 +147,16 @@ def accept_link(
         frame, seal = acceptor.welcome("machine-0", new_epoch())
         stream.sendall(StreamFrames.wrap(frame))
     except LinkRefused as refusal:
-        stream.sendall(StreamFrames.wrap(refusal.frame))
+        with contextlib.suppress(OSError):  # it may not wait for our reasons
+            stream.sendall(StreamFrames.wrap(refusal.frame))
+        stream.close()
+        raise
+    except ClusterError:
         stream.close()
         raise
     except (OSError, ValueError) as error:
         stream.close()
-        raise ClusterError(f"a machine that dialled did not finish its handshake: {error}") from error
+        raise ClusterError(f"the dialer did not finish its handshake: {error}") from error
     return MachineLink(stream, frames, seal, f"machine {hello.node_rank} ({hello.machine})"), hello
 
 
@@ -137,22 +171,29 @@ def dial_link(host: str, port: int, token: bytes, hello: MachineHello) -> Machin
     frames = StreamFrames()
     dialer = Dialer(token, PURPOSE, f"machine-{hello.node_rank}", new_epoch(), messages.encode(hello))
     peer = f"machine 0 ({host}:{port})"
+    until_s = time.monotonic() + HANDSHAKE_LIMIT_S
     try:
-        answer = dialer.answer(_next_frame(stream, frames, peer))
+        answer = dialer.answer(_next_frame(stream, frames, peer, until_s))
         stream.sendall(StreamFrames.wrap(answer))
-        _, seal = dialer.finish(_next_frame(stream, frames, peer))
+        _, seal = dialer.finish(_next_frame(stream, frames, peer, until_s))
     except (ClusterError, OSError):
         stream.close()
         raise
     return MachineLink(stream, frames, seal, peer)
 
 
-def _next_frame(stream: socket.socket, frames: StreamFrames, peer: str) -> bytes:
+def _next_frame(
+    stream: socket.socket, frames: StreamFrames, peer: str, until_s: float | None = None
+) -> bytes:
+    """Wait for a frame; `until_s` bounds all of it, else the stream's time-out each piece of it."""
     while (frame := frames.next_frame()) is None:
+        if until_s is not None:
+            stream.settimeout(max(0.001, until_s - time.monotonic()))
         try:
             data = stream.recv(RECEIVE_BYTES)
         except TimeoutError as error:
-            raise ClusterError(f"{peer} has not been heard of for {stream.gettimeout():g} s") from error
+            limit_s = HANDSHAKE_LIMIT_S if until_s is not None else SILENCE_LIMIT_S
+            raise ClusterError(f"{peer} has not been heard of for {limit_s:g} s") from error
         except OSError as error:
             raise ClusterError(f"the link to {peer} is lost: {error}") from error
         if not data:

@@ -16,13 +16,15 @@ import zmq
 from lightllm import messages
 from lightllm.cluster_link import cluster_token
 from lightllm.config import Config, SecuritySection, encode_config
-from lightllm.engine.machine_link import MachineLink, accept_link
-from lightllm.errors import BindError, ClusterError
-from lightllm.messages import FromMachine, MachineAlive, MachineHello, MachineWelcome, RankFailed
+from lightllm.engine.machine_link import MachineLink, accept_link, listen_on
+from lightllm.errors import ClusterError
+from lightllm.rank_messages import FromMachine, MachineAlive, MachineHello, MachineWelcome, RankFailed
 
 logger = logging.getLogger(__name__)
 
-ACCEPT_WAIT_S = 0.5
+ACCEPT_WAIT_S = 0.2
+# Handshakes at the same time, and machines that have joined; more are hung up on.
+MAX_DIALERS = 256
 
 
 class Machines:
@@ -47,6 +49,7 @@ class Machines:
         self._lost: dict[int, str] = {}
         self._lock = threading.Lock()
         self._are_all_there = False
+        self._dialers: list[threading.Thread] = []
 
     def gather(self, waiting: Callable[[str], None]) -> None:
         """Wait until all machines are there, and tell them what to load; `waiting` hears who is missing.
@@ -59,7 +62,7 @@ class Machines:
             return
         token = cluster_token(self._config.security.cluster_token, self._config.environment.home)
         place = f"{parallel.nccl_host}:{parallel.multinode_port}"
-        with _listen(parallel.nccl_host, parallel.multinode_port) as listener:
+        with listen_on(parallel.nccl_host, parallel.multinode_port, "--multinode_port") as listener:
             listener.settimeout(ACCEPT_WAIT_S)
             while not self._complete():
                 missing = [rank for rank in range(1, parallel.nnodes) if rank not in self._links]
@@ -102,20 +105,33 @@ class Machines:
             stream, address = listener.accept()
         except TimeoutError:
             return
+        self._dialers = [thread for thread in self._dialers if thread.is_alive()]
+        if len(self._dialers) >= MAX_DIALERS:
+            stream.close()
+            return
+        # Each in a thread of its own: a dialer that says nothing must not keep the others waiting.
+        thread = threading.Thread(target=self._admit, args=(stream, address[0], token), daemon=True)
+        self._dialers.append(thread)
+        thread.start()
+
+    def _admit(self, stream: socket.socket, address: str, token: bytes) -> None:
         try:
             link, hello = accept_link(stream, token, self._judge)
         except ClusterError as error:
             diff = "".join(f"\n  {line}" for line in getattr(error, "diff", ()))
-            logger.error("refused %s: %s%s", address[0], error, diff)
+            logger.error("refused %s: %s%s", address, error, diff)
             return
-        logger.info("%s has joined from %s", link.peer, address[0])
         with self._lock:
+            if self._are_all_there:
+                link.close()
+                return
             before = self._links.pop(hello.node_rank, None)
             self._lost.pop(hello.node_rank, None)
             self._links[hello.node_rank] = link
         if before is not None:
             before.close()
-        threading.Thread(target=self._read, args=(link, hello.node_rank), daemon=True).start()
+        logger.info("%s has joined from %s", link.peer, address)
+        self._read(link, hello.node_rank)
 
     def _judge(self, hello: MachineHello) -> tuple[str, ...]:
         nnodes = self._config.parallel.nnodes
@@ -157,18 +173,3 @@ class Machines:
         per_machine = self._config.parallel.tp // self._config.parallel.nnodes
         failure = RankFailed(rank=node_rank * per_machine, message=reason)
         inbox.send(messages.encode(failure), zmq.NOBLOCK)
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen()
-    except OSError as error:
-        raise BindError(
-            f"cannot listen on --nccl_host {host}, --multinode_port {port}: {error.strerror or error}; "
-            "--nccl_host must be an address of machine 0, and the port a free one"
-        ) from error
-    return listener

@@ -13,7 +13,7 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 PANEL = 16
 QROWS = 8
 QBLOCK = 32
@@ -42,6 +42,8 @@ SIGNATURES: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("ll_rotate", (_P, _L, _P, _P, _L, _L, _L, _L)),  # x, token stride, cos, sin, tokens, heads, dim, half
     ("ll_gate", (_P, _P, _L, _L, _I)),  # gate_up, out, m, size, is_gelu
     ("ll_attend", (_P, _P, _L, _P, _L, _P, _L)),  # attention, then parts and their number, three times
+    ("ll_sum_ranks", (_P, _P, _L)),  # ranks, x, n
+    ("ll_share_ranks", (_P, _P, _L, _P, _L)),  # ranks, x, bytes, out, number of ranks to read
 )
 
 
@@ -92,6 +94,8 @@ class NativeLibrary:
     ll_rotate: Callable[..., None]
     ll_gate: Callable[..., None]
     ll_attend: Callable[..., None]
+    ll_sum_ranks: Callable[..., None]
+    ll_share_ranks: Callable[..., None]
 
     def __init__(self, num_threads: int, kernels: str | None = None) -> None:
         path = library_path()

@@ -11,6 +11,8 @@ from array import array
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from lightllm.messages import (
     EngineRequest,
     KVFailure,
@@ -229,6 +231,19 @@ class Request:
             finish_reason=reason,
             num_cached_tokens=self.num_cached_tokens,
             queue_s=self.queue_s,
+        )
+
+    def continuation(self) -> EngineRequest:
+        """The rest of this request as a new one, whose tokens will be those that this one would have had."""
+        return EngineRequest(
+            request_id=self.request_id,
+            prompt_token_ids=self.token_ids[: self.num_prompt_tokens].tolist(),
+            output_token_ids=self.token_ids[self.num_prompt_tokens :].tolist(),
+            sampling_params=msgspec.structs.replace(self.sampling_params, seed=self.seed),
+            sample_index=self.sample_index,
+            priority=self.priority,
+            arrival_s=self.arrival_s,
+            deadline_s=None if self.deadline_s == math.inf else self.deadline_s,
         )
 
     def transfer_output(self, failure: KVFailure | None) -> RequestOutput:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import random
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from operator import attrgetter
 
 from lightllm.messages import (
@@ -93,13 +93,24 @@ class Scheduler:
         return bool(self._transfers.live) and not (self._prefilling or self._decoding)
 
     @property
-    def num_in_flight_steps(self) -> int:
-        """Steps scheduled whose results are not here yet."""
-        return len(self._steps)
+    def is_transferring(self) -> bool:
+        """Whether a transport may touch slots."""
+        return bool(self._transfers.live)
 
-    def request_ids(self) -> list[str]:
-        """All live requests."""
-        return list(self._requests)
+    @property
+    def requests(self) -> Mapping[str, Request]:
+        """All live requests by id."""
+        return self._requests
+
+    def suspects(self) -> list[str]:
+        """Live requests of the oldest step in flight."""
+        return [r.request_id for r in self._steps[0].requests if r.request_id in self._requests]
+
+    def successor(self) -> Scheduler:
+        """An empty scheduler that goes on counting where this one is, which is not to be used any more."""
+        other = Scheduler(self._config)
+        other._counters, other._num_scheduled_steps = self._counters, self._num_scheduled_steps
+        return other
 
     def add(self, message: EngineRequest, now_s: float) -> RequestOutput | None:
         """Accept a request; it will end in exactly one output with a finish_reason.
@@ -125,11 +136,7 @@ class Scheduler:
         return None
 
     def abort(self, request_id: str, reason: str) -> RequestOutput | None:
-        """End a request at once; tokens that are in flight for it are dropped.
-
-        Returns:
-            Its final output with `reason` as finish_reason; None if there is no such request.
-        """
+        """End a request at once; what is in flight for it is dropped. None if there is no such request."""
         request = self._requests.get(request_id)
         if request is None:
             return None
@@ -158,8 +165,6 @@ class Scheduler:
 
     def schedule(self, now_s: float) -> ScheduledBatch | None:
         """Compose the next step: all decodes, then chunks of running prefills, then new requests.
-
-        Requests past their deadline are not admitted any more; `expire` ends them.
 
         Returns:
             The batch, which must be executed in this order; None if there is nothing to do now. One without
@@ -275,12 +280,9 @@ class Scheduler:
     def _preempt_if_full(self) -> list[Request]:
         """Make sure that every running request can get a slot now, at the cost of the least urgent ones.
 
-        The most urgent one is never preempted, so it finishes, then the next one: there is always progress.
-        Those that send KV are never preempted either: the slots that they still need were reserved when they
-        were admitted, and only decodes, which can be preempted, have taken of these since.
-
-        Returns:
-            The decodes that can go on; the others wait for their last token.
+        The most urgent one is never preempted, so there is always progress. Neither are those that send KV:
+        what they need was reserved at admission, and only decodes have taken of it since. Returns the decodes
+        that can go on; the others wait for their last token.
         """
         while True:
             # A decode that computes position p samples the token at p + 1.
@@ -457,7 +459,7 @@ class Scheduler:
     # ------------------------------------------------------------ looking
 
     def take_reservations(self) -> list[KVReserved]:
-        """Of which requests the masters must hear that KV may come; send it once the batch is submitted."""
+        """Of which requests the masters must hear that KV may come, once the batch is submitted."""
         return self._transfers.take_reservations()
 
     @property
@@ -486,11 +488,7 @@ class Scheduler:
         )
 
     def check_integrity(self) -> None:
-        """Check slots, locks, rows and states against each other; for tests and idle moments.
-
-        Raises:
-            AssertionError: with the numbers that differ.
-        """
+        """Check slots, locks, rows and states against each other: an AssertionError has the numbers."""
         self._transfers.check_integrity()
         holders = {r.request_id: r for r in (*self._running(), *self._transfers.live.values())}
         self._cache.check_integrity(holders.values())

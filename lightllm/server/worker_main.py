@@ -9,7 +9,6 @@ import logging
 import os
 import queue
 import signal
-import socket
 import threading
 import time
 from pathlib import Path
@@ -19,17 +18,11 @@ import zmq
 
 from lightllm import messages
 from lightllm.config import Config, decode_config
-from lightllm.errors import BindError, LightLLMError, WorkerDied
+from lightllm.engine.machine_link import listen_on
+from lightllm.errors import LightLLMError, WorkerDied
 from lightllm.logs import setup_logging
-from lightllm.messages import (
-    FromRank,
-    RankAlive,
-    RankFailed,
-    RankProgress,
-    RankReady,
-    ScheduledBatch,
-    WorkerConfig,
-)
+from lightllm.messages import ScheduledBatch, WorkerConfig
+from lightllm.rank_messages import FromRank, RankAlive, RankFailed, RankProgress, RankReady
 from lightllm.server.child import Parent, read_frame, settle_memory
 from lightllm.server.model_files import describe_model, open_weights
 
@@ -138,32 +131,22 @@ def _load(config: Config, place: WorkerConfig, outbox: Outbox) -> "Worker":
 def _join(config: Config, place: WorkerConfig, device: "Device") -> "Parallel":
     from lightllm.distributed.collectives import connect, file_store, tcp_store
     from lightllm.distributed.parallel_state import Parallel
+    from lightllm.distributed.shared_memory import over_shared_memory
 
     size = config.parallel.tp
     if config.parallel.nnodes == 1:
         store = file_store(Path(place.meeting), size)
     else:
         host, _, port = place.meeting.rpartition(":")
-        listener = _bind(host, int(port)) if place.rank == 0 else None
-        store = tcp_store(host, int(port), size, listener)
+        # Bound to that address only; torch would listen on all.
+        fd = listen_on(host, int(port), "--nccl_port").detach() if place.rank == 0 else None
+        store = tcp_store(host, int(port), size, fd)
     collectives = connect(store, place.rank, size, place.host, device.torch_device)
+    if device.name == "cpu" and config.parallel.nnodes == 1:
+        # The folder of the meeting has a random name of its own.
+        name = "-".join(Path(place.meeting).parts[-2:])
+        collectives = over_shared_memory(collectives, name, place.rank, size)
     return Parallel(place.rank, size, place.local_rank, place.local_size, collectives)
-
-
-def _bind(host: str, port: int) -> int:
-    """A listening socket on that address only; torch would listen on all."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen()
-    except OSError as error:
-        raise BindError(
-            f"cannot listen on --nccl_host {host}, --nccl_port {port}: {error.strerror or error}; "
-            "--nccl_host must be an address of machine 0, and the port a free one"
-        ) from error
-    return listener.detach()
 
 
 def _beat(outbox: Outbox, rank: int) -> None:

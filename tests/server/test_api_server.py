@@ -100,7 +100,7 @@ def test_exit_codes(model, started, capsys, monkeypatch):
 
 
 def test_flags_are_judged_before_the_model_is_looked_for(started):
-    assert api_server.main(["--model_dir", "/no/such/model", "--tp", "2"]) == 2
+    assert api_server.main(["--model_dir", "/no/such/model", "--dp", "2"]) == 2
     assert started == []
 
 

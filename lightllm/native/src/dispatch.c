@@ -7,7 +7,7 @@
 
 static const struct kernels *chosen = &kernels_generic;
 
-EXPORT int ll_version(void) { return 1; }
+EXPORT int ll_version(void) { return 2; }
 
 /* Choose the kernels (NULL: the best for this processor) and start threads; returns how many there are, 0 for a
  * name that is unknown or not supported here. */
