@@ -3,6 +3,9 @@
  * Claiming parts instead of dealing them out is what makes the pool robust on a busy machine: a thread that the
  * system has suspended delays the others by the one part that it holds. Workers watch for a new job for some
  * microseconds, because the next one usually follows at once, and then sleep. One caller at a time.
+ *
+ * Where others want the processors too, that one part is still a whole time slice, again and again. So a caller that
+ * had to wait so long computes alone for a while; the while doubles as long as that goes on.
  */
 #define _GNU_SOURCE
 #include "kernels.h"
@@ -14,6 +17,11 @@
 
 enum { MAX_THREADS = 256, INDEX_BITS = 24 };
 static const int64_t WATCH_NS = 60 * 1000;
+/* Beside what the caller itself has computed for; no part takes that long. */
+static const int64_t STALL_NS = 2 * 1000 * 1000;
+static const int64_t MIN_ALONE_NS = 20 * 1000 * 1000, MAX_ALONE_NS = 640 * 1000 * 1000;
+/* A stall that comes later than this after the last one is a new story. */
+static const int64_t CALM_NS = 1000 * 1000 * 1000;
 
 /* ticket: generation of the job (16 bits), parts (24 bits), next part to claim (24 bits). A claim succeeds only on
  * the generation that it was read from, and a job cannot end while a claimed part is not done: so `run` and
@@ -27,6 +35,7 @@ static struct {
     char pad2[64];
     _Atomic int num_sleeping;
     int num_threads;
+    int64_t alone_ns, alone_until_ns; /* of the caller alone */
     pthread_mutex_t mutex;
     pthread_cond_t wake;
 } pool = {.num_threads = 1, .mutex = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER};
@@ -98,8 +107,17 @@ int threads_start(int num_threads) {
     return pool.num_threads;
 }
 
+/* The caller has waited in vain for a part that another thread holds. */
+static void note_stall(int64_t now) {
+    int is_new = now - pool.alone_until_ns > CALM_NS;
+    pool.alone_ns = is_new ? MIN_ALONE_NS : pool.alone_ns * 2;
+    if (pool.alone_ns > MAX_ALONE_NS) pool.alone_ns = MAX_ALONE_NS;
+    pool.alone_until_ns = now + pool.alone_ns;
+}
+
 void threads_run(part_function *run, void *context, long num_parts) {
-    if (num_parts <= 1 || pool.num_threads == 1) {
+    int64_t began = now_ns();
+    if (num_parts <= 1 || pool.num_threads == 1 || began < pool.alone_until_ns) {
         for (long part = 0; part < num_parts; part++) run(context, part);
         return;
     }
@@ -114,8 +132,12 @@ void threads_run(part_function *run, void *context, long num_parts) {
         pthread_mutex_unlock(&pool.mutex);
     }
     work();
+    if (atomic_load_explicit(&pool.num_done, memory_order_acquire) == num_parts) return;
+    int64_t waiting = now_ns();
     for (int spins = 0; atomic_load_explicit(&pool.num_done, memory_order_acquire) < num_parts; spins++) {
         pause_briefly();
         if (spins > 4096) sched_yield();
     }
+    int64_t now = now_ns();
+    if (now - waiting > waiting - began + STALL_NS) note_stall(now);
 }
