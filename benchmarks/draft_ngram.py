@@ -11,6 +11,7 @@ greedy answer; `sampled` is one at temperature 1, which repeats itself least. Pr
 
 import argparse
 import json
+import os
 import re
 import statistics
 import time
@@ -90,7 +91,8 @@ def main() -> None:
         for name, runs in by_name.items():
             medians = {key: statistics.median(r[key] for r in runs) for key in ("tokens_per_s", "per_step")}
             result.setdefault(load, {})[name] = {key: round(value, 2) for key, value in medians.items()}
-    report = {**describe_run(), "rounds": args.rounds, "tokens": NUM_TOKENS, "flags": flags, "result": result}
+    report = {**describe_run(), "rounds": args.rounds, "tokens": NUM_TOKENS, "flags": flags}
+    report |= {"load_average": os.getloadavg(), "result": result}
     print(json.dumps(report["result"], indent=1))
     if args.out:
         args.out.write_text(json.dumps(report, indent=1) + "\n")

@@ -1,6 +1,7 @@
 """Safetensors folders: shards, single files, disagreement, damage."""
 
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -177,3 +178,19 @@ def test_unknown_name(tmp_path: Path) -> None:
     save_file(TENSORS, tmp_path / "model.safetensors")
     with pytest.raises(ModelLoadError, match="no safetensors file has a tensor ghost"):
         SafetensorsSource(tmp_path).load("ghost")
+
+
+def test_what_has_been_read_does_not_stay_in_memory(tmp_path: Path) -> None:
+    save_file({"big.weight": torch.ones(1024, 2048)}, tmp_path / "model.safetensors")
+    source = SafetensorsSource(tmp_path)
+
+    def resident_kib() -> int:
+        blocks = re.split(r"^(?=[0-9a-f]+-)", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE)
+        own = [block for block in blocks if str(tmp_path) in block]
+        return sum(int(size) for block in own for size in re.findall(r"^Rss: +(\d+)", block, re.MULTILINE))
+
+    tensor = source.load("big.weight")
+    assert tensor.sum() == 1024 * 2048
+    assert resident_kib() > 8000
+    del tensor
+    assert resident_kib() < 100
