@@ -140,8 +140,10 @@ class KVLink(Transport):
                 channel.send_raw(refusal.frame, self._node.limits.handshake_s)
             except KVTransferError:
                 pass  # it did not wait for an answer
-        except (KVTransferError, LinkBroken, msgspec.DecodeError, OSError) as error:
-            logger.warning("KV link: connection from %s ended: %s", peer, error)
+        except (KVTransferError, OSError) as error:
+            logger.info("KV link: connection from %s ended: %s", peer, error)
+        except (LinkBroken, msgspec.DecodeError) as error:
+            logger.warning("KV link: closed a connection from %s: %s", peer, error)
         finally:
             channel.close()
             with self._changed:

@@ -277,8 +277,8 @@ def test_the_first_common_lane_is_taken(make_end):
     ],
     ids=["random", "oversize", "tls", "http", "pickle", "nothing"],
 )
-def test_strangers_are_turned_away_and_harm_nobody(pair, data):
-    source, target = pair
+def test_strangers_are_turned_away_and_harm_nobody(make_end, data):
+    source, target = make_end(("tcp",), SOURCE_EPOCH), make_end(("tcp",), TARGET_EPOCH)
     host, port = target.link.address.removeprefix("tcp://").split(":")
     with socket.create_connection((host, int(port))) as stranger:
         stranger.settimeout(5)
@@ -296,8 +296,8 @@ def test_strangers_are_turned_away_and_harm_nobody(pair, data):
     check_arrival(source, target, Request())
 
 
-def test_a_thousand_connections_that_reset_leave_nothing(pair):
-    source, target = pair
+def test_a_thousand_connections_that_reset_leave_nothing(make_end):
+    source, target = make_end(("tcp",), SOURCE_EPOCH), make_end(("tcp",), TARGET_EPOCH)
     host, port = target.link.address.removeprefix("tcp://").split(":")
     for _ in range(1000):
         stranger = socket.create_connection((host, int(port)))
