@@ -44,9 +44,10 @@ class Cluster:
         self.nodes: dict[str, subprocess.Popen[str]] = {}
         self.client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30)
 
-    def start(self, role: str, name: str, **options: Any) -> None:
-        """Start a node; `wait_for` it where that matters."""
-        config = NodeOptions(role=role, name=name, masters=[("127.0.0.1", self.port)], **options)
+    def start(self, role: str, name: str, ports: list[int] | None = None, **options: Any) -> None:
+        """Start a node of this master, or of several; `wait_for` it where that matters."""
+        masters = [("127.0.0.1", port) for port in ports or [self.port]]
+        config = NodeOptions(role=role, name=name, masters=masters, **options)
         text = msgspec.json.encode(config).decode()
         self.nodes[name] = subprocess.Popen(
             [sys.executable, str(ROOT / "tests/pd/fake_node.py"), text],
