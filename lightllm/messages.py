@@ -413,66 +413,10 @@ class WorkerConfig(Message):
     host: str = "127.0.0.1"
 
 
-class RankProgress(Message):
-    """How far a rank has come, as ChildProgress."""
-
-    rank: int
-    stage: str
-    done: int = 0
-    total: int = 0
-
-
-class RankReady(Message):
-    """A rank takes batches."""
-
-    rank: int
-    info: EngineInfo
-
-
-class RankAlive(Message):
-    """Sent by each rank every second, whatever it does meanwhile."""
-
-    rank: int
-
-
-class RankFailed(Message):
-    """A rank's last words. `is_cause` is False if all it can say is that another rank is gone."""
-
-    rank: int
-    message: str
-    exit_code: int = 1
-    is_cause: bool = True
-
-
-# ---------------------------------------------------------------- machine 0 <-> the other machines of a node
-
-
-class MachineHello(Message):
-    """A machine's first word: which it is, and in `record` what must be equal on all of them, by name."""
-
-    node_rank: int
-    machine: str
-    record: dict[str, str] = {}
-
-
-class MachineWelcome(Message):
-    """All are there. `config` is machine 0's resolved configuration, without secrets; see WorkerConfig."""
-
-    config: bytes
-    meeting: str
-
-
-class MachineAlive(Message):
-    """Sent every second in both directions."""
-
-
 ToEngine = EngineRequest | AbortRequest | AbortAll | RenewLeases | Ping
 FromEngine = EngineOutput | KVReserved | Pong
 ToChild = ChildConfig | WorkerConfig | EngineUp | EngineDown | Drain
 FromChild = ChildProgress | ChildReady | ChildFailed
-ToMachine = MachineWelcome | MachineAlive | ScheduledBatch
-FromRank = RankProgress | RankReady | RankAlive | RankFailed | StepOutput
-FromMachine = MachineHello | MachineAlive | FromRank
 
 _ENCODER = msgspec.msgpack.Encoder()
 

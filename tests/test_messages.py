@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from msgspec import inspect
 
-from lightllm import cluster_messages, messages
+from lightllm import cluster_messages, messages, rank_messages
 from lightllm.messages import Message
 
 UNIONS = {
@@ -21,16 +21,26 @@ UNIONS = {
     "FromEngine": messages.FromEngine,
     "ToChild": messages.ToChild,
     "FromChild": messages.FromChild,
-    "FromRank": messages.FromRank,
-    "ToMachine": messages.ToMachine,
-    "FromMachine": messages.FromMachine,
+    "FromRank": rank_messages.FromRank,
+    "ToMachine": rank_messages.ToMachine,
+    "FromMachine": rank_messages.FromMachine,
     "ToNode": cluster_messages.ToNode,
     "FromNode": cluster_messages.FromNode,
     "ToWatcher": cluster_messages.ToWatcher,
 }
 # Sent between engine and worker, where the direction alone tells the type.
 DIRECT = {messages.ScheduledBatch, messages.StepOutput}
-MESSAGES = sorted(Message.__subclasses__(), key=lambda kind: kind.__name__)
+MODULES = (messages, rank_messages, cluster_messages)
+STRUCTS = {
+    value
+    for module in MODULES
+    for name, value in vars(module).items()
+    if isinstance(value, type) and issubclass(value, msgspec.Struct) and not name.startswith("_")
+}
+MESSAGES = sorted(
+    (kind for kind in STRUCTS if issubclass(kind, Message) and kind is not Message),
+    key=lambda kind: kind.__name__,
+)
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=8)
 ATOMS: dict[type, st.SearchStrategy[Any]] = {
@@ -110,12 +120,7 @@ def test_every_message_has_a_way() -> None:
 
 
 def test_every_public_struct_is_tested() -> None:
-    public = {
-        value
-        for name, value in {**vars(messages), **vars(cluster_messages)}.items()
-        if isinstance(value, type) and issubclass(value, msgspec.Struct) and not name.startswith("_")
-    }
-    assert public - {Message, messages.Part} == set(ALL_STRUCTS)
+    assert STRUCTS - {Message, messages.Part} == set(ALL_STRUCTS)
 
 
 @pytest.mark.parametrize("name", UNIONS)

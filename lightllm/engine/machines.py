@@ -18,7 +18,7 @@ from lightllm.cluster_link import cluster_token
 from lightllm.config import Config, SecuritySection, encode_config
 from lightllm.engine.machine_link import MachineLink, accept_link, listen_on
 from lightllm.errors import ClusterError
-from lightllm.messages import FromMachine, MachineAlive, MachineHello, MachineWelcome, RankFailed
+from lightllm.rank_messages import FromMachine, MachineAlive, MachineHello, MachineWelcome, RankFailed
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +88,9 @@ class Machines:
 
     def close(self) -> None:
         """End all links; the machines end their ranks."""
-        for link in self._links.values():
+        with self._lock:
+            links, self._links = list(self._links.values()), {}  # their ends are no loss any more
+        for link in links:
             link.close()
 
     def _complete(self) -> bool:

@@ -20,16 +20,8 @@ from lightllm.engine.executor import Executor
 from lightllm.engine.local_ranks import LocalRanks
 from lightllm.engine.machines import Machines
 from lightllm.errors import BindError, ConfigError, LightLLMError, ModelLoadError, WorkerDied
-from lightllm.messages import (
-    EngineInfo,
-    FromRank,
-    RankAlive,
-    RankFailed,
-    RankProgress,
-    RankReady,
-    ScheduledBatch,
-    StepOutput,
-)
+from lightllm.messages import EngineInfo, ScheduledBatch, StepOutput
+from lightllm.rank_messages import FromRank, RankAlive, RankFailed, RankProgress, RankReady
 
 logger = logging.getLogger(__name__)
 

@@ -21,15 +21,8 @@ from lightllm.config import Config, decode_config
 from lightllm.engine.machine_link import listen_on
 from lightllm.errors import LightLLMError, WorkerDied
 from lightllm.logs import setup_logging
-from lightllm.messages import (
-    FromRank,
-    RankAlive,
-    RankFailed,
-    RankProgress,
-    RankReady,
-    ScheduledBatch,
-    WorkerConfig,
-)
+from lightllm.messages import ScheduledBatch, WorkerConfig
+from lightllm.rank_messages import FromRank, RankAlive, RankFailed, RankProgress, RankReady
 from lightllm.server.child import Parent, read_frame, settle_memory
 from lightllm.server.model_files import describe_model, open_weights
 

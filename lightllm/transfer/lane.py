@@ -6,6 +6,7 @@ the staging memory of block i - WINDOW, which the receiver has acknowledged.
 """
 
 import importlib
+import threading
 from abc import ABC, abstractmethod
 
 import numpy as np
@@ -15,6 +16,7 @@ from lightllm.transfer import LANES
 from lightllm.transfer.channel import Channel
 
 WINDOW = 4
+MAX_SPARE_ENDS = 4
 
 
 class LaneUnavailable(KVTransferError):
@@ -69,6 +71,43 @@ class Lane(ABC):
         Raises:
             LaneUnavailable: it cannot be used between these two.
         """
+
+
+class SpareEnds:
+    """Senders' ends that have served a transfer and may serve the next: new memory costs more than a copy.
+
+    A receiver that still looks into the memory of a transfer that it has given up reads what is not meant for
+    it; but it is told nothing of it any more, and so accepts none of it.
+    """
+
+    def __init__(self, block_bytes: int) -> None:
+        self._block_bytes = block_bytes
+        self._lock = threading.Lock()
+        self._ends: dict[str, list[SendingEnd]] = {}
+
+    def take(self, name: str) -> SendingEnd:
+        """An end of this lane."""
+        with self._lock:
+            spare = self._ends.get(name)
+            if spare:
+                return spare.pop()
+        return load_lane(name).open_sender(self._block_bytes)
+
+    def put(self, name: str, end: SendingEnd) -> None:
+        """Give an end back; it is kept, or closed."""
+        with self._lock:
+            spare = self._ends.setdefault(name, [])
+            if len(spare) < MAX_SPARE_ENDS:
+                spare.append(end)
+                return
+        end.close()
+
+    def close(self) -> None:
+        """Close all that are kept."""
+        with self._lock:
+            for end in (end for spare in self._ends.values() for end in spare):
+                end.close()
+            self._ends.clear()
 
 
 def load_lane(name: str) -> type[Lane]:

@@ -102,6 +102,7 @@ class KVLink(Transport):
         for transfer in moving:
             transfer.hold.fail("this node stops")
             transfer.interrupt()
+        self._node.spare_ends.close()
 
     # ------------------------------------------------------------ in threads
 

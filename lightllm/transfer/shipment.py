@@ -31,7 +31,7 @@ from lightllm.transfer.frames import (
     Opening,
     Rejected,
 )
-from lightllm.transfer.lane import WINDOW, SendingEnd, load_lane
+from lightllm.transfer.lane import WINDOW, SendingEnd, SpareEnds
 from lightllm.transfer.plan import KVRows, blocks, digest
 
 
@@ -41,6 +41,7 @@ class Node:
 
     Attributes:
         lanes: names, in the order in which they are tried.
+        spare_ends: what senders reuse.
         epoch: of this life of the KV link.
     """
 
@@ -49,6 +50,7 @@ class Node:
     token: bytes = field(repr=False)
     epoch: int
     lanes: tuple[str, ...]
+    spare_ends: SpareEnds
     limits: Limits
 
 
@@ -99,7 +101,7 @@ class Shipment:
 
     def run(self) -> None:
         """Send everything and wait until the peer has accepted; ends the hold either way."""
-        ends: list[SendingEnd] = []
+        ends: dict[str, SendingEnd] = {}
         try:
             channel = self._dial()
             end = self._open(channel, ends)
@@ -143,28 +145,26 @@ class Shipment:
             raise KVTransferError("the transfer was given up here")
         return channel
 
-    def _open(self, channel: Channel, ends: list[SendingEnd]) -> SendingEnd:
+    def _open(self, channel: Channel, ends: dict[str, SendingEnd]) -> SendingEnd:
         """Greet the receiver; it chooses one of our lanes."""
         node, limits = self._node, self._node.limits
-        by_name = {}
         for name in node.lanes:
-            by_name[name] = load_lane(name).open_sender(node.rows.block_bytes)
-            ends.append(by_name[name])
+            ends[name] = node.spare_ends.take(name)
         opening = Opening(
             ticket=self._target.ticket,
             target_epoch=self._target.epoch,
             start=self._start,
             layout=node.layout,
-            lanes=[LaneOffer(name=name, fields=end.offer()) for name, end in by_name.items()],
+            lanes=[LaneOffer(name=name, fields=end.offer()) for name, end in ends.items()],
         )
         dialer = Dialer(node.token, frames.PURPOSE, socket.gethostname(), node.epoch, frames.encode(opening))
         channel.send_raw(dialer.answer(channel.receive_raw(limits.handshake_s)), limits.handshake_s)
         # The receiver may wait for its own order first.
         welcome, channel.seal = dialer.finish(channel.receive_raw(limits.handshake_s + limits.ticket_s))
         self.lane = frames.decode(welcome.detail, Choice).lane
-        if self.lane not in by_name:
-            raise KVTransferError(f"the peer chose lane {self.lane!r}, offered were {', '.join(by_name)}")
-        return by_name[self.lane]
+        if self.lane not in ends:
+            raise KVTransferError(f"the peer chose lane {self.lane!r}, offered were {', '.join(ends)}")
+        return ends[self.lane]
 
     def _next_order(self, channel: Channel) -> tuple[KVTransferOrder, int | None]:
         """Wait for the engine, listen to the peer meanwhile, and let it know that we live."""
@@ -216,11 +216,11 @@ class Shipment:
             case other:
                 raise LinkBroken(f"{type(other).__name__} out of turn")
 
-    def _close(self, ends: list[SendingEnd]) -> None:
+    def _close(self, ends: dict[str, SendingEnd]) -> None:
         with self._lock:
             self._is_closed = True
             if self._channel is not None:
                 self._channel.close()
             os.close(self._news)
-        for end in ends:
-            end.close()
+        for name, end in ends.items():
+            self._node.spare_ends.put(name, end)

@@ -98,7 +98,7 @@ def quantize4(weights: Tensor) -> Codes4:
 
 
 def _fitted(centred: Tensor, mean: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and offset [rows, blocks] float16 with which codes come nearest to blocks, given less their mean."""
+    """Scale and offset [rows, blocks] float16 with which codes come nearest to blocks less their mean."""
     mean_code = codes.mean(-1)
     spread = (codes * codes).sum(-1) - BLOCK * mean_code * mean_code
     d = torch.where(spread > 0, (codes * centred).sum(-1) / spread, 0.0).half()

@@ -15,6 +15,7 @@ from lightllm.messages import EngineInfo, KVLayout, ScheduledBatch
 from lightllm.model_config import ModelConfig
 from lightllm.transfer import LANES
 from lightllm.transfer.base import Limits, NullTransport, Transport
+from lightllm.transfer.lane import SpareEnds
 from lightllm.transfer.link import KVLink
 from lightllm.transfer.plan import KVRows
 from lightllm.transfer.shipment import Node
@@ -102,8 +103,10 @@ def open_kv_link(
         tp_size=config.parallel.tp,
         quantization=config.model.quant_type,
     )
+    rows = KVRows(exchanging.runner.kv_pool)
     node = Node(
-        rows=KVRows(exchanging.runner.kv_pool),
+        rows=rows,
+        spare_ends=SpareEnds(rows.block_bytes),
         layout=layout,
         token=cluster_token(config.security.cluster_token, config.environment.home),
         epoch=new_epoch(),

@@ -176,7 +176,7 @@ def test_a_transfer_that_fails_ends_the_leg_and_keeps_the_prefix():
 
 
 def test_one_that_sends_is_not_preempted():
-    driver = Driver(num_slots=40, chunked_prefill_size=1, max_lag=1, transport={"pace": 0.1})
+    driver = Driver(num_slots=40, chunked_prefill_size=1, max_lag=1)
     urgent = driver.add([1] * 5, max_new_tokens=30, priority=2, **ANY_LENGTH)
     steps(driver, 8)
     sending = driver.add([2] * 20, max_new_tokens=5, send_kv_to=target(), **ANY_LENGTH)

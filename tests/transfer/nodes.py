@@ -15,6 +15,7 @@ from lightllm.device.kv_pool import KVPool
 from lightllm.messages import KVLayout, KVSource, KVTarget, KVTransferOrder
 from lightllm.model_config import ModelConfig
 from lightllm.transfer.base import Endings, Limits
+from lightllm.transfer.lane import SpareEnds
 from lightllm.transfer.link import KVLink
 from lightllm.transfer.plan import KVRows
 from lightllm.transfer.shipment import Node
@@ -61,7 +62,13 @@ class End:
             tensor.normal_()
         self.rows = KVRows(self.pool, BLOCK_BYTES)
         self.node = Node(
-            rows=self.rows, layout=layout, token=token, epoch=epoch, lanes=tuple(lanes), limits=limits
+            rows=self.rows,
+            spare_ends=SpareEnds(self.rows.block_bytes),
+            layout=layout,
+            token=token,
+            epoch=epoch,
+            lanes=tuple(lanes),
+            limits=limits,
         )
         self.link = KVLink(self.node, "127.0.0.1", 0)
         self.endings = Endings([], [], [])
