@@ -135,6 +135,7 @@ def test_nodes_serve_operations_only(cluster: Cluster) -> None:
     assert (reply.status_code, reply.json()["error"]["code"]) == (404, "wrong_role")
     assert cluster.master.url.removeprefix("http://") in reply.json()["message"]
     assert "kv_tokens" not in cluster.master.ready_line
+    assert len(cluster.master.client.get("/token_load").json()["nodes"]) == 2
     assert cluster.master.metric("nodes_ready", 'role="decode"') == 1
     assert cluster.master.metric("node_kv_total_tokens", 'role="prefill"') == 4096
     assert re.search(r"mode=decode device=\w+ kv_tokens=4096", node.ready_line)

@@ -16,7 +16,7 @@ import pytest
 
 from tests.pd.harness import Cluster, cluster, expected
 
-DRILL_S = float(os.environ.get("DRILL_S", "15"))
+DRILL_S = float(os.environ.get("DRILL_S", "8"))
 NUM_STREAMS = int(os.environ.get("DRILL_STREAMS", "24"))
 MAX_ERRORS = 0.01
 # pd.md: what is lost with a node is found out after 6 s and has 10 s to find another one.
