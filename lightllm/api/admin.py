@@ -7,6 +7,7 @@ from lightllm.api.call import AppContext, Call
 from lightllm.api.fields import out_of_range
 from lightllm.api.metrics import CONTENT_TYPE
 from lightllm.errors import LightLLMError
+from lightllm.messages import EngineStats
 
 STATIC = Path(__file__).parent / "static"
 HTML = b"text/html; charset=utf-8"
@@ -48,16 +49,24 @@ async def get_model_name(call: Call) -> None:
 
 
 async def token_load(call: Call) -> None:
-    """`/token_load`: KV share now, if every request ran to its limit, and the predicted peak."""
-    stats = call.context.engine.stats
+    """`/token_load`: KV share now, if every request ran to its limit, and the predicted peak.
+
+    On a pd_master of all decode nodes together, and of every node by name.
+    """
+    answer: dict[str, Any] = {**_load(call.context.engine.stats)}
+    if call.context.cluster is not None:
+        nodes = call.context.cluster.router.directory.all()
+        answer["nodes"] = {node.node_id: _load(node.stats) for node in nodes}
+    await call.answer_json(answer)
+
+
+def _load(stats: EngineStats) -> dict[str, float]:
     total = max(1, stats.kv_total_tokens)
     now = stats.kv_used_tokens / total
     committed = stats.kv_committed_tokens / total
     # Without better knowledge a request is expected to stop half-way to its limit.
     predicted = (now + max(now, committed)) / 2
-    await call.answer_json(
-        {"current_load": now, "logical_max_load": committed, "dynamic_max_load": predicted}
-    )
+    return {"current_load": now, "logical_max_load": committed, "dynamic_max_load": predicted}
 
 
 async def metrics(call: Call) -> None:

@@ -70,6 +70,7 @@ class NodeServer:
         if earlier is not None:
             earlier.replaced()
         self._links[node_id] = owner
+        self.refusals = [entry for entry in self.refusals if entry["node"] != node_id]
         self.router.node_joined(owner.node)
 
     def lost(self, owner: "_NodeLink", reason: str) -> None:
@@ -116,7 +117,9 @@ class NodeServer:
         if refusal is not None:
             logger.warning("refused %s: %s%s", record.node_id, refusal.message, _lines(refusal.diff))
             entry = {"node": record.node_id, "reason": refusal.reason, "text": refusal.message}
-            self.refusals = [*self.refusals, {**entry, "diff": list(refusal.diff)}][-KEPT_REFUSALS:]
+            # A refused node tries again and again: it is shown once.
+            others = [other for other in self.refusals if other["node"] != record.node_id]
+            self.refusals = [*others, {**entry, "diff": list(refusal.diff)}][-KEPT_REFUSALS:]
             raise refusal
         return registration
 

@@ -46,6 +46,11 @@ class PairProbes:
         pairs = self._pairs.items()
         return {decode for (name, decode), probe in pairs if name == prefill.node_id and probe.fault}
 
+    def cut_off(self) -> set[str]:
+        """Prefill nodes that reached no decode node when they were last tried."""
+        failed = {pair[0] for pair, probe in self._pairs.items() if probe.fault}
+        return failed - {pair[0] for pair, probe in self._pairs.items() if not probe.fault}
+
     def node_joined(self, node: Node) -> None:
         """Try the new node with all of the other role."""
         is_prefill = node.record.role == "prefill"

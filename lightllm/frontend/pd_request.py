@@ -133,6 +133,12 @@ class RoutedRequest:
         self._events.append([event, round(time.time(), 3)])
         self.moved_s = time.monotonic()
 
+    def wait_from(self, now: float, limit_s: float) -> None:
+        """It has to wait for a node, at most so long from the first time on."""
+        if not self.wait_until_s:
+            self.wait_until_s = now + limit_s
+            self.note("waits for a node")
+
     def describe(self) -> list[dict[str, Any]]:
         """One entry for the master, one for each leg."""
         own = {"node": "pd_master", "role": "pd_master", "state": self._state(), "events": list(self._events)}

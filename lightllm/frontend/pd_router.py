@@ -201,8 +201,7 @@ class PDRouter:
         """A node's link is gone, and all its legs with it."""
         if not self.directory.remove(node):
             return
-        log = logger.warning if node.legs else logger.info
-        log("%s has gone (%s); it held %d requests", node.node_id, reason, len(node.legs))
+        logger.warning("%s has gone (%s); it held %d requests", node.node_id, reason, len(node.legs))
         self.probes.node_lost(node)
         for leg_id in list(node.legs):
             leg = self._legs.get(leg_id)
@@ -226,7 +225,8 @@ class PDRouter:
         is_fresh = not routed.tokens
         prefill = None
         if is_fresh and not routed.is_solo:
-            prefill = self.directory.pick_prefill(request.prompt_token_ids, num_tokens, routed.avoid)
+            avoid = routed.avoid | self.probes.cut_off()
+            prefill = self.directory.pick_prefill(request.prompt_token_ids, num_tokens, avoid)
         if prefill is not None and request.sampling_params.max_new_tokens == 1:
             self._send_whole(routed, prefill)  # the first token is the last: nothing to decode elsewhere
             return
@@ -245,9 +245,7 @@ class PDRouter:
             self._reserve(routed, prefill, decode)
 
     def _wait(self, routed: RoutedRequest) -> None:
-        if not routed.wait_until_s:
-            routed.wait_until_s = time.monotonic() + NODE_WAIT_S
-            routed.note("waits for a node")
+        routed.wait_from(time.monotonic(), NODE_WAIT_S)
         self._waiting.append(routed)
 
     def _send_whole(self, routed: RoutedRequest, node: Node) -> None:
@@ -276,7 +274,9 @@ class PDRouter:
         leg.note("reserved")
         routed.wait_until_s = 0.0
         if self.directory.get(prefill.node_id) is not prefill:
-            self._leg_failed(leg, "node_lost", f"{prefill.node_id} has gone")
+            self._abort_leg(leg)
+            self._forget_attempt(routed)
+            self._route(routed)
             return
         routed.prefill = self._legs.new(routed, prefill, "p")
         prefill.prefixes.insert(routed.request.prompt_token_ids)
@@ -393,9 +393,12 @@ class PDRouter:
             self._abort_leg(other)
         self._forget_attempt(routed)
         routed.last_failure = RequestFailure(code=code, message=message)
+        if routed.is_pinned:
+            self._fail(routed, code, message)
+            return
         if code == "kv_full":
             leg.node.full_until_s = time.monotonic() + FULL_RETRY_S
-            routed.wait_until_s = routed.wait_until_s or time.monotonic() + NODE_WAIT_S
+            routed.wait_from(time.monotonic(), NODE_WAIT_S)
         else:
             self.failovers[code] = self.failovers.get(code, 0) + 1
             routed.num_attempts += 1
@@ -404,9 +407,7 @@ class PDRouter:
             # A transfer that failed may fail again: the decode node computes the prompt itself.
             routed.is_solo = routed.is_solo or code in ("kv_transfer_failed", "lease_expired")
             logger.warning("request %s: %s", routed.request.request_id, message)
-        if routed.is_pinned:
-            self._fail(routed, code, message)
-        elif routed.num_attempts >= MAX_ATTEMPTS:
+        if routed.num_attempts >= MAX_ATTEMPTS:
             self._fail(routed, code, f"{message} (attempt {routed.num_attempts}, the last one)")
         else:
             self._route(routed)

@@ -18,7 +18,7 @@ NODE = ("--max_total_token_num", "4096", "--max_req_total_len", "2048")
 PROMPTS = (
     "What is AI?",
     "The capital of France is",
-    "Once upon a time there was a king who " + "lived in a castle by the sea and " * 40,
+    "Once upon a time there was a king who " + "lived in a castle by the sea and " * 16,
     "Water boils at a temperature of",
 )
 
@@ -76,9 +76,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 def answers(server: Server) -> list[object]:
     """What a node or a cluster says to all kinds of requests."""
-    found: list[object] = [server.generate(prompt, max_new_tokens=24, do_sample=False) for prompt in PROMPTS]
-    found.append(server.generate(PROMPTS[2] + " and", max_new_tokens=12, do_sample=False))
-    found.append(server.generate(PROMPTS[0], max_new_tokens=16, n=2, seed=7, temperature=0.8))
+    found: list[object] = [server.generate(prompt, max_new_tokens=12, do_sample=False) for prompt in PROMPTS]
+    found.append(server.generate(PROMPTS[2] + " and", max_new_tokens=6, do_sample=False))
+    found.append(server.generate(PROMPTS[0], max_new_tokens=8, n=2, seed=7, temperature=0.8))
     found.append(server.generate(PROMPTS[1], max_new_tokens=1, do_sample=False))
     body = {
         "model": "smollm2-135m",
@@ -103,7 +103,7 @@ def answers(server: Server) -> list[object]:
     }
     with server.client.stream("POST", "/v1/chat/completions", json=chat) as reply:
         found.append("".join(e["choices"][0]["delta"].get("content", "") for e in stream_events(reply)))
-    stopped = {"max_new_tokens": 40, "do_sample": False, "stop_sequences": ["."]}
+    stopped = {"max_new_tokens": 20, "do_sample": False, "stop_sequences": ["."]}
     found.append(server.generate(PROMPTS[1], **stopped))
     return found
 
@@ -135,6 +135,7 @@ def test_nodes_serve_operations_only(cluster: Cluster) -> None:
     assert (reply.status_code, reply.json()["error"]["code"]) == (404, "wrong_role")
     assert cluster.master.url.removeprefix("http://") in reply.json()["message"]
     assert "kv_tokens" not in cluster.master.ready_line
+    assert len(cluster.master.client.get("/token_load").json()["nodes"]) == 2
     assert cluster.master.metric("nodes_ready", 'role="decode"') == 1
     assert cluster.master.metric("node_kv_total_tokens", 'role="prefill"') == 4096
     assert re.search(r"mode=decode device=\w+ kv_tokens=4096", node.ready_line)
@@ -183,7 +184,7 @@ def test_a_decode_node_that_is_killed_costs_no_token(tmp_path: Path, tiny_model:
 
 
 def test_a_prefill_node_that_is_killed_costs_only_time(cluster: Cluster, smollm2: Server) -> None:
-    prompt = "A very long text: " + " ".join(str(i) for i in range(300))
+    prompt = "A very long text: " + " ".join(str(i) for i in range(160))
     wanted = smollm2.generate(prompt, max_new_tokens=8, do_sample=False)["generated_text"]
     with concurrent.futures.ThreadPoolExecutor() as pool:
         answer = pool.submit(cluster.master.generate, prompt, max_new_tokens=8, do_sample=False)

@@ -44,9 +44,10 @@ class Cluster:
         self.nodes: dict[str, subprocess.Popen[str]] = {}
         self.client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30)
 
-    def start(self, role: str, name: str, **options: Any) -> None:
-        """Start a node; `wait_for` it where that matters."""
-        config = NodeOptions(role=role, name=name, masters=[("127.0.0.1", self.port)], **options)
+    def start(self, role: str, name: str, ports: list[int] | None = None, **options: Any) -> None:
+        """Start a node of this master, or of several; `wait_for` it where that matters."""
+        masters = [("127.0.0.1", port) for port in ports or [self.port]]
+        config = NodeOptions(role=role, name=name, masters=masters, **options)
         text = msgspec.json.encode(config).decode()
         self.nodes[name] = subprocess.Popen(
             [sys.executable, str(ROOT / "tests/pd/fake_node.py"), text],
@@ -92,19 +93,20 @@ class Cluster:
 
     async def idle(self) -> None:
         """Until nothing runs anywhere: no request, no leg, no KV in use."""
-        await until(
-            lambda: (
-                not self.router.num_live
-                and not self.router._legs
-                and all(
-                    not n.legs
-                    and not n.promised_tokens
-                    and not n.queued_tokens
-                    and not n.stats.kv_used_tokens
-                    for n in self.router.directory.all()
-                )
-            )
-        )
+        end = time.monotonic() + 12
+        while busy := self._busy():
+            assert time.monotonic() < end, f"still busy: {busy}"
+            await asyncio.sleep(0.01)
+
+    def _busy(self) -> list[str]:
+        """What is not at its base."""
+        found = [f"{len(self.router._legs)} legs"] if self.router._legs else []
+        found += [f"{self.router.num_live} requests"] if self.router.num_live else []
+        for node in self.router.directory.all():
+            figures = (len(node.legs), node.promised_tokens, node.queued_tokens, node.stats.kv_used_tokens)
+            if any(figures):
+                found.append(f"{node.node_id}: legs, promised, queued, KV = {figures}")
+        return found
 
 
 async def until(condition: Callable[[], bool], limit_s: float = 12) -> None:

@@ -286,3 +286,19 @@ def test_legs_are_shown_with_their_times() -> None:
         assert sorted(node["node"] for node in page["nodes"]) == ["d1", "p1"]
 
     run(test)
+
+
+def test_a_prefill_node_that_dies_while_slots_are_awaited_leaves_none_behind() -> None:
+    async def test(cluster: Cluster) -> None:
+        await pair(cluster, num_slots=200, step_s=0.01, full_after_s=5.0)
+        await cluster.ready()
+        hog = asyncio.create_task(cluster.generate("hog", 150))
+        await until(lambda: any(leg.has_output for leg in cluster.router._legs.values()))
+        waiting = asyncio.create_task(cluster.generate("waiting", 100))
+        await until(lambda: cluster.router.num_live == 2)
+        cluster.signal("p1", signal.SIGKILL)
+        assert (await hog).json()["generated_text"] == [expected("hog", 150)]
+        assert (await waiting).json()["generated_text"] == [expected("waiting", 100)]
+        await cluster.idle()
+
+    run(test)
