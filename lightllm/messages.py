@@ -5,10 +5,10 @@ ever parsed. Mutable state (scheduler requests, tensors) never appears here. Tim
 Unix seconds, because monotonic clocks of two processes or hosts do not compare.
 
     frontend  --ToEngine-->    engine  --ScheduledBatch--> worker
-    frontend  <--FromEngine--  engine  <--FromRank-------  worker
+    frontend  <--FromEngine--  engine  <--StepOutput-----  worker
     supervisor --ToChild--> frontend, engine;   supervisor <--FromChild-- frontend, engine
-    engine     --ToChild--> worker process of its own
-    machine 0  --ToMachine--> other machines of a node;   machine 0 <--FromMachine-- other machines
+
+What processes of several ranks and machines say beside that is in rank_messages.py.
 """
 
 from typing import Any
@@ -366,80 +366,6 @@ class ChildFailed(Message):
     exit_code: int = 1
 
 
-# ---------------------------------------------------------------- engine <-> its worker processes
-
-
-class WorkerConfig(Message):
-    """First frame on a worker process's stdin: its configuration (JSON of the config struct) and its place.
-
-    Batches come from `address`, everything it has to say goes to `reply_address`. The ranks meet at
-    `meeting`: the path of a file where all are on one machine, else host:port of rank 0; `host` is where the
-    others reach this machine.
-    """
-
-    config: bytes
-    rank: int
-    local_rank: int
-    local_size: int
-    address: str
-    reply_address: str
-    meeting: str
-    host: str = "127.0.0.1"
-
-
-class RankProgress(Message):
-    """How far a rank has come, as ChildProgress."""
-
-    rank: int
-    stage: str
-    done: int = 0
-    total: int = 0
-
-
-class RankReady(Message):
-    """A rank takes batches."""
-
-    rank: int
-    info: EngineInfo
-
-
-class RankAlive(Message):
-    """Sent by each rank every second, whatever it does meanwhile."""
-
-    rank: int
-
-
-class RankFailed(Message):
-    """A rank's last words. `is_cause` is False if all it can say is that another rank is gone."""
-
-    rank: int
-    message: str
-    exit_code: int = 1
-    is_cause: bool = True
-
-
-# ---------------------------------------------------------------- machine 0 <-> the other machines of a node
-
-
-class MachineHello(Message):
-    """A machine's first word: which it is, and in `record` what must be equal on all of them, by name."""
-
-    node_rank: int
-    machine: str
-    record: dict[str, str] = {}
-
-
-class MachineWelcome(Message):
-    """All are there. `config` is machine 0's resolved configuration, without secrets; see WorkerConfig."""
-
-    config: bytes
-    meeting: str
-
-
-class MachineAlive(Message):
-    """Sent every second in both directions."""
-
-
 # ---------------------------------------------------------------- cluster
 
 
@@ -466,11 +392,8 @@ class NodeRecord(Part):
 
 ToEngine = EngineRequest | AbortRequest | AbortAll | RenewLeases | Ping
 FromEngine = EngineOutput | KVReserved | Pong
-ToChild = ChildConfig | WorkerConfig | EngineUp | EngineDown | Drain
+ToChild = ChildConfig | EngineUp | EngineDown | Drain
 FromChild = ChildProgress | ChildReady | ChildFailed
-ToMachine = MachineWelcome | MachineAlive | ScheduledBatch
-FromRank = RankProgress | RankReady | RankAlive | RankFailed | StepOutput
-FromMachine = MachineHello | MachineAlive | FromRank
 
 _ENCODER = msgspec.msgpack.Encoder()
 

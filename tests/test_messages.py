@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from msgspec import inspect
 
-from lightllm import messages
+from lightllm import messages, rank_messages
 from lightllm.messages import Message
 
 UNIONS = {
@@ -21,12 +21,12 @@ UNIONS = {
     "FromEngine": messages.FromEngine,
     "ToChild": messages.ToChild,
     "FromChild": messages.FromChild,
-    "FromRank": messages.FromRank,
-    "ToMachine": messages.ToMachine,
-    "FromMachine": messages.FromMachine,
+    "FromRank": rank_messages.FromRank,
+    "ToMachine": rank_messages.ToMachine,
+    "FromMachine": rank_messages.FromMachine,
 }
 # Sent between engine and worker, where the direction alone tells the type.
-DIRECT = {messages.ScheduledBatch, messages.StepOutput}
+DIRECT = {messages.ScheduledBatch, messages.StepOutput, rank_messages.WorkerConfig}
 MESSAGES = sorted(Message.__subclasses__(), key=lambda kind: kind.__name__)
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=8)
@@ -109,7 +109,7 @@ def test_every_message_has_a_way() -> None:
 def test_every_public_struct_is_tested() -> None:
     public = {
         value
-        for name, value in vars(messages).items()
+        for name, value in (vars(messages) | vars(rank_messages)).items()
         if isinstance(value, type) and issubclass(value, msgspec.Struct) and not name.startswith("_")
     }
     assert public - {Message, messages.Part} == set(ALL_STRUCTS)

@@ -17,7 +17,7 @@ import zmq
 
 from lightllm import messages
 from lightllm.config import Config, encode_config
-from lightllm.messages import RankFailed, WorkerConfig
+from lightllm.rank_messages import RankFailed, WorkerConfig
 
 EXIT_GRACE_S = 3.0
 LENGTH = struct.Struct("<I")

@@ -23,7 +23,7 @@ from lightllm.cluster_link import (
     new_epoch,
 )
 from lightllm.errors import BindError, ClusterError
-from lightllm.messages import MachineAlive, MachineHello
+from lightllm.rank_messages import MachineAlive, MachineHello
 
 PURPOSE = "tensor parallel"
 SILENCE_LIMIT_S = 6.0

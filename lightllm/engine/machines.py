@@ -18,7 +18,7 @@ from lightllm.cluster_link import cluster_token
 from lightllm.config import Config, SecuritySection, encode_config
 from lightllm.engine.machine_link import MachineLink, accept_link, listen_on
 from lightllm.errors import ClusterError
-from lightllm.messages import FromMachine, MachineAlive, MachineHello, MachineWelcome, RankFailed
+from lightllm.rank_messages import FromMachine, MachineAlive, MachineHello, MachineWelcome, RankFailed
 
 logger = logging.getLogger(__name__)
 

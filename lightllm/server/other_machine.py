@@ -27,16 +27,8 @@ from lightllm.config import Config, decode_config
 from lightllm.engine.local_ranks import LocalRanks
 from lightllm.engine.machine_link import MachineLink, dial_link
 from lightllm.errors import ClusterError, ConfigError
-from lightllm.messages import (
-    PROTOCOL_VERSION,
-    FromRank,
-    MachineHello,
-    MachineWelcome,
-    RankProgress,
-    RankReady,
-    ScheduledBatch,
-    ToMachine,
-)
+from lightllm.messages import PROTOCOL_VERSION, ScheduledBatch
+from lightllm.rank_messages import FromRank, MachineHello, MachineWelcome, RankProgress, RankReady, ToMachine
 from lightllm.server.fingerprint import model_fingerprint
 from lightllm.server.model_files import ModelDescription, describe_model
 

@@ -15,7 +15,7 @@ PACKAGE = "lightllm"
 
 L0 = (
     *("addresses", "cluster_link", "config", "config_keys", "env", "errors", "flag", "logs"),
-    *("messages", "model_config", "resolution", "sampling_params"),
+    *("messages", "model_config", "rank_messages", "resolution", "sampling_params"),
 )
 TOP = ("__init__", "__main__", "cli", "llm", "server")
 

@@ -16,14 +16,14 @@ from lightllm.engine import machine_link
 from lightllm.engine.machine_link import dial_link
 from lightllm.engine.machines import Machines
 from lightllm.errors import BindError, ClusterError
-from lightllm.messages import (
+from lightllm.messages import ScheduledBatch
+from lightllm.rank_messages import (
     FromRank,
     MachineAlive,
     MachineHello,
     MachineWelcome,
     RankAlive,
     RankFailed,
-    ScheduledBatch,
     ToMachine,
 )
 
