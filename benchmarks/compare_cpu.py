@@ -87,7 +87,7 @@ async def run_request(
             first = first or last
             frames += bool(frame["choices"][0].get("text"))
     writer.close()
-    if b" 200 " not in status or not frames:
+    if b" 200 " not in status or not last:
         raise RuntimeError(f"no answer: {status!r}")
     return {"ttft": first, "last": last, "tokens": float(tokens or frames)}
 
@@ -111,8 +111,8 @@ async def run_load(port: int, model: str, load: str, offset: int, banned: list[s
     }
 
 
-def tree_pss_mib(pid: int) -> float:
-    """Proportional set size of a process and all below it."""
+def process_tree(pid: int) -> list[int]:
+    """A process and all below it."""
     children: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -120,10 +120,16 @@ def tree_pss_mib(pid: int) -> float:
         except OSError:
             continue
         children.setdefault(int(fields[1]), []).append(int(stat.parent.name))
-    pending, total = [pid], 0
-    while pending:
-        current = pending.pop()
-        pending += children.get(current, [])
+    found = [pid]
+    for current in found:
+        found += children.get(current, [])
+    return found
+
+
+def tree_pss_mib(pid: int) -> float:
+    """Proportional set size of a process and all below it."""
+    total = 0
+    for current in process_tree(pid):
         try:
             for line in Path(f"/proc/{current}/smaps_rollup").read_text().splitlines():
                 if line.startswith("Pss:"):

@@ -83,7 +83,7 @@ def fill(engine: Engine, link: ListLink, vocab_size: int, batch: int, length: in
 
 
 def drain(engine: Engine) -> None:
-    for request_id in engine.scheduler.request_ids():
+    for request_id in list(engine.scheduler.requests):
         engine.scheduler.abort(request_id, "abort")
     while engine.scheduler.has_work:
         engine.step()

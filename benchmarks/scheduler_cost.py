@@ -32,8 +32,9 @@ from lightllm.engine.executor import Executor, Pending
 from lightllm.engine.link import ZmqLink
 from lightllm.messages import EngineInfo, EngineRequest, ScheduledBatch, StepOutput
 from lightllm.sampling_params import SamplingParams
+from lightllm.scheduler.config import SchedulerConfig
 from lightllm.scheduler.radix_tree import RadixTree
-from lightllm.scheduler.scheduler import Scheduler, SchedulerConfig
+from lightllm.scheduler.scheduler import Scheduler
 from lightllm.server.child import settle_memory
 
 PROMPT_TOKENS = 64
@@ -165,7 +166,7 @@ def step_cost(num_running: int, repeat: int) -> dict[str, object]:
     prefill()
     unused = measure()
     # Fill the pool with what nobody uses, then run the same load again.
-    for request_id in scheduler.request_ids():
+    for request_id in list(scheduler.requests):
         scheduler.abort(request_id, "abort")
     fill(num_running)
     prefill()

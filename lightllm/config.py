@@ -58,9 +58,9 @@ class ModelSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     quant_type: Annotated[
         str,
         Flag(
-            "none = run the checkpoint as stored; others quantize at load",
-            stage="-",
+            "none = run the checkpoint as stored; w8, w4 = round float weights to 8 or 4 bits at load (CPU)",
             choices=("none", "w8", "w4", "w8a8", "fp8w8a8", "fp8w8a8-b128", "w4a16"),
+            choice_stages=tuple((word, "-") for word in ("w8a8", "fp8w8a8", "fp8w8a8-b128", "w4a16")),
         ),
     ] = "none"
     kv_cache_dtype: Annotated[
@@ -150,7 +150,7 @@ class EngineSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     batch_max_tokens: Annotated[
         int,
         Flag(
-            "tokens computed in one step, prefill and decode together; auto = 8192 on a GPU, 128 on a CPU",
+            "tokens computed in one step, prefill and decode together; auto = 4096 on a GPU, 128 on a CPU",
             low=1,
             unset="auto",
         ),
@@ -236,7 +236,10 @@ class ParallelSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         str | None, Flag("draft model, where the checkpoint carries none", stage="D", metavar="PATH")
     ] = None
     draft_ngram: Annotated[
-        int, Flag("n-gram drafting, up to this many tokens a step; 0 = off", stage="D", high=64)
+        int,
+        Flag(
+            "single streams draft up to this many tokens a step from their own text (CPU); 0 = off", high=64
+        ),
     ] = 0
 
 
@@ -251,6 +254,7 @@ class PDSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             "auto = the first that a pair can use of p2p, shm, nixl, tcp",
             stage="P",
             choices=("auto", "shm", "p2p", "nixl", "tcp"),
+            choice_stages=(("p2p", "-"), ("nixl", "-")),
         ),
     ] = "auto"
     kv_port: Annotated[
@@ -271,7 +275,7 @@ class ConfigServerSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unkn
         str,
         Flag(
             "where the directory is kept: memory or etcd://host:port",
-            stage="P",
+            stage="-",
             kind="store",
             metavar="STORE",
         ),
@@ -382,6 +386,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     observability: ObservabilitySection = ObservabilitySection()
     security: SecuritySection = SecuritySection()
     environment: Environment = Environment()
+
+    @property
+    def moves_kv(self) -> bool:
+        """Whether the engine of this node has a KV link to those of others."""
+        return self.server.run_mode in ("prefill", "decode")
 
     def flags(self) -> dict[str, Any]:
         """Return flag name -> value in the order of the table, secrets masked: for logs and `--dry_run`."""

@@ -13,7 +13,7 @@
      |   +- KVTransferError        KV could not be moved between nodes
      |   +- DeadlineExceeded       the request's deadline passed first
      +- ClusterError           a node link was refused or lost
-     |   +- LinkRefused, LinkBroken     in cluster_link
+     |   +- LinkRefused, LinkBroken, WebSocketRefused   in cluster_link and web_socket
      +- CallFailed, WorkloadError, ServerFailed   of the programs in bench/: a call, its prompts, its server
 
 Every error that can reach a client carries a `code` from `ERROR_CODES`; that table alone maps codes to

@@ -10,7 +10,7 @@ import msgspec
 
 MAX_INT = 2**31 - 1
 # Stages of development in this version; see Flag.
-BUILT_STAGES = frozenset({"S", "G", "T"})
+BUILT_STAGES = frozenset({"S", "G", "T", "P"})
 
 
 @dataclass(frozen=True, slots=True)

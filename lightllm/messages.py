@@ -211,12 +211,20 @@ class NewRequest(Part):
 
 
 class KVTransferOrder(Part):
-    """Ship, or expect, the KV of tokens [start, stop) of a row."""
+    """Ship, or expect, the KV of the tokens from position `start` on, which lie in `slots`, one a token.
+
+    A request is shipped in several orders, one behind each step that computed a part of it, and expected in
+    one. The first order of a shipment starts at `target.num_cached_tokens`; a later one may find the shipment
+    failed, unheard of by the engine yet, and then means nothing. `token_ids` are all tokens whose KV the
+    receiver has in the end: with every receipt, and with the last order of a shipment, whose step samples the
+    first token behind them for `row`.
+    """
 
     request_id: str
-    row: int
     start: int
-    stop: int
+    slots: list[int]
+    token_ids: list[int] = []
+    row: int = -1
     target: KVTarget | None = None
     source: KVSource | None = None
 
@@ -232,7 +240,14 @@ class ScheduledBatch(Message):
     is_sampling         whether the step samples a token behind the last of them
     slot_starts         first position whose slot is (re)written in slot_table
     slot_counts         how many slots follow for this request in `slots`, flat
+    drafts              index of a request -> guesses of the tokens behind the first that is computed; each
+                        position samples, and the step brings tokens up to the first that is not as guessed
     grammar_masks       row -> packed bit mask over the vocabulary, little endian
+    kv_sends            KV that may leave once this step is computed
+    kv_recvs            KV that may arrive once all earlier steps are computed
+    kv_cancels          requests whose transfer is not wanted any more
+
+    A batch without rows computes nothing: it carries orders and fetches what the transport has to tell.
     """
 
     step_id: int
@@ -245,13 +260,22 @@ class ScheduledBatch(Message):
     slot_starts: list[int] = []
     slot_counts: list[int] = []
     slots: list[int] = []
+    drafts: dict[int, list[int]] = {}
     grammar_masks: dict[int, bytes] = {}
     kv_sends: list[KVTransferOrder] = []
     kv_recvs: list[KVTransferOrder] = []
+    kv_cancels: list[str] = []
+
+
+class KVArrival(Part):
+    """All KV of a request is in its slots; the sender has sampled the first token behind it."""
+
+    request_id: str
+    first_token_id: int
 
 
 class KVFailure(Part):
-    """A transfer that did not arrive."""
+    """A transfer that failed or was cancelled."""
 
     request_id: str
     reason: str
@@ -263,7 +287,8 @@ class StepOutput(Message):
     `token_ids[i]` is empty where the batch did not sample, has one token normally and several with
     speculation. `logprobs` and `prompt_logprobs` hold only rows that asked for them, by index into the batch;
     `prompt_logprobs[i]` entry j is about the prompt token at position starts[i] + 1 + j, which the positions
-    computed in this step predict; tokens behind the prompt are left out.
+    computed in this step predict; tokens behind the prompt are left out. Each transfer ends in exactly one of
+    `kv_sent`, `kv_received` and `kv_failed`; from then on the transport touches its slots no more.
     """
 
     step_id: int
@@ -272,7 +297,7 @@ class StepOutput(Message):
     prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
     duration_s: float = 0.0
     kv_sent: list[str] = []
-    kv_received: list[str] = []
+    kv_received: list[KVArrival] = []
     kv_failed: list[KVFailure] = []
 
 
@@ -298,7 +323,7 @@ class EngineInfo(Part):
     """What the rest of the node needs to know of a ready engine.
 
     `kv_address` is where its KV link listens, empty where it has none; `kv_layout` what its peers must agree
-    on.
+    on; `kv_epoch` tells this life of the link from earlier ones.
     """
 
     device: str
@@ -310,6 +335,7 @@ class EngineInfo(Part):
     attention_backend: str
     kv_address: str = ""
     kv_layout: KVLayout | None = None
+    kv_epoch: int = 0
 
 
 class ChildConfig(Message):
@@ -366,28 +392,6 @@ class ChildFailed(Message):
     exit_code: int = 1
 
 
-# ---------------------------------------------------------------- cluster
-
-
-class NodeLoad(Part):
-    """Load of a node, as reported in heartbeats."""
-
-    requests_running: int = 0
-    requests_waiting: int = 0
-    queued_prompt_tokens: int = 0
-    kv_free_tokens: int = 0
-
-
-class NodeRecord(Part):
-    """A node as pd_master and config_server know it."""
-
-    node_id: str
-    epoch: int
-    role: str
-    address: str
-    load: NodeLoad
-    layout: KVLayout | None = None
-    protocol_version: int = PROTOCOL_VERSION
 
 
 ToEngine = EngineRequest | AbortRequest | AbortAll | RenewLeases | Ping

@@ -17,7 +17,7 @@ from lightllm.errors import ConfigError
 from lightllm.flag import BUILT_STAGES, MAX_INT, Arguments, FlagSpec
 from lightllm.model_config import ModelConfig
 
-GPU_STEP_TOKENS, GPU_CHUNK_TOKENS = 8192, 4096
+GPU_STEP_TOKENS, GPU_CHUNK_TOKENS = 4096, 4096
 # About 250 ms of work for two cores, so that aborts and deadlines hold.
 CPU_STEP_TOKENS, CPU_CHUNK_TOKENS = 128, 128
 
@@ -123,6 +123,12 @@ def _not_built(config: Config, device: str, spelled: dict[str, str]) -> list[str
         stage = stages.get(value, spec.flag.stage) if stages else spec.flag.stage
         if stage not in BUILT_STAGES and value != spec.default and value != computed.get(spec.name):
             found.append(_refusal(spec, value, spelled.get(spec.name, "")))
+    mode, num_ranks = config.server.run_mode, config.parallel.tp
+    if config.moves_kv and num_ranks > 1:
+        found.append(
+            f"--tp: not implemented in this version with --run_mode {mode} (got {num_ranks}; KV between "
+            "nodes of several ranks comes later; use --tp 1)"
+        )
     return found
 
 
@@ -177,6 +183,11 @@ def _check_model(case: _Case) -> None:
             f"--quant_type {model.quant_type} and --device {case.config.engine.device} (here a CPU): FP8 "
             "needs a GPU; use --quant_type w8 or w4 on a CPU"
         )
+    if model.quant_type in ("w8", "w4") and case.device == "cuda":
+        raise ConfigError(
+            f"--quant_type {model.quant_type} and --device {case.config.engine.device} (here a GPU): weights "
+            "are rounded at load on a CPU only in this version; use --device cpu, or leave --quant_type out"
+        )
 
 
 def _check_cluster(case: _Case) -> None:
@@ -219,6 +230,12 @@ def _check_cluster(case: _Case) -> None:
 
 def _check_engine(case: _Case) -> None:
     engine = case.config.engine
+    draft_ngram = case.config.parallel.draft_ngram
+    if draft_ngram and case.device == "cuda":
+        raise ConfigError(
+            f"--draft_ngram {draft_ngram} and --device {engine.device} (here a GPU): drafts are verified on "
+            "a CPU only in this version; use --device cpu, or leave --draft_ngram out"
+        )
     capacity = engine.max_total_token_num
     if capacity and case.given("running_max_req_size") and engine.running_max_req_size > capacity:
         raise ConfigError(

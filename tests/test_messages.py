@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from msgspec import inspect
 
-from lightllm import messages, rank_messages
+from lightllm import cluster_messages, messages, rank_messages
 from lightllm.messages import Message
 
 UNIONS = {
@@ -24,6 +24,9 @@ UNIONS = {
     "FromRank": rank_messages.FromRank,
     "ToMachine": rank_messages.ToMachine,
     "FromMachine": rank_messages.FromMachine,
+    "ToNode": cluster_messages.ToNode,
+    "FromNode": cluster_messages.FromNode,
+    "ToWatcher": cluster_messages.ToWatcher,
 }
 # Sent between engine and worker, where the direction alone tells the type.
 DIRECT = {messages.ScheduledBatch, messages.StepOutput, rank_messages.WorkerConfig}
@@ -84,7 +87,7 @@ def parts(kind: type[msgspec.Struct]) -> set[type[msgspec.Struct]]:
 
 
 ALL_STRUCTS = sorted(
-    set().union(*map(parts, MESSAGES), parts(messages.NodeRecord)), key=lambda kind: kind.__name__
+    set().union(*map(parts, MESSAGES), parts(cluster_messages.Registration)), key=lambda kind: kind.__name__
 )
 
 
@@ -109,7 +112,7 @@ def test_every_message_has_a_way() -> None:
 def test_every_public_struct_is_tested() -> None:
     public = {
         value
-        for name, value in (vars(messages) | vars(rank_messages)).items()
+        for name, value in {**vars(messages), **vars(rank_messages), **vars(cluster_messages)}.items()
         if isinstance(value, type) and issubclass(value, msgspec.Struct) and not name.startswith("_")
     }
     assert public - {Message, messages.Part} == set(ALL_STRUCTS)

@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 
-from lightllm.server import api_server
+from lightllm.server import api_server, launch
 
 # As printed there, console prompts and the last line's stray continuation included.
 QUICKSTART = r"""
@@ -127,13 +127,13 @@ NOT_BUILT = [
     [],
     [],
     [],
-    ["--run_mode"],
-    ["--run_mode", "--pd_master_ip", "--pd_master_port"],
-    ["--run_mode", "--pd_master_ip", "--pd_master_port"],
-    ["--run_mode", "--config_server_host", "--config_server_port"],
-    ["--run_mode", "--config_server_host", "--config_server_port"],
-    ["--run_mode", "--config_server_host", "--config_server_port"],
-    ["--run_mode", "--config_server_host", "--config_server_port"],
+    [],
+    ["--tp"],
+    ["--tp"],
+    [],
+    [],
+    ["--tp"],
+    ["--tp"],
 ]
 
 
@@ -163,11 +163,16 @@ def test_dry_run_passes(command, capsys):
             assert str(report[flag[2:]]) == value
 
 
-def test_without_dry_run_it_is_refused_by_name_or_the_model_is_missing(command, capsys):
+def test_without_dry_run_it_is_refused_by_name_or_the_model_is_missing(command, capsys, monkeypatch):
     index, arguments = command
+    launched = []
+    monkeypatch.setattr(launch, "launch", lambda config: launched.append(config.server.run_mode) or 0)
     code = api_server.main(arguments)
     errors = capsys.readouterr().err
-    assert code == (2 if NOT_BUILT[index] else 3)
+    if "config_server" in arguments:  # needs no model, and would run now
+        assert (code, launched) == (0, ["config_server"])
+        return
+    assert (code, launched) == (2 if NOT_BUILT[index] else 3, [])
     assert all(f"{flag}: not implemented in this version" in errors for flag in NOT_BUILT[index])
 
 

@@ -105,7 +105,7 @@ def test_gpu_defaults():
     config = run(machine=GPU).config
     assert (config.engine.device, config.engine.batch_max_tokens, config.engine.chunked_prefill_size) == (
         "cuda",
-        8192,
+        4096,
         4096,
     )
     message = refusal("--tp 4", machine=GPU)
@@ -133,9 +133,7 @@ def test_a_visible_gpu_is_used_unless_told_otherwise():
 
 # One value other than the default for every reserved flag.
 RESERVED = {
-    "quant_type": "w8",
     "kv_cache_dtype": "int8",
-    "advertise_host": "10.0.0.1",
     "httpserver_workers": "2",
     "long_truncation_mode": "head",
     "enable_deterministic": None,
@@ -144,14 +142,7 @@ RESERVED = {
     "mtp_mode": "deepseekv3",
     "mtp_step": "1",
     "mtp_draft_model_dir": "d",
-    "draft_ngram": "2",
-    "pd_master_ip": "10.0.0.1",
-    "pd_master_port": "5",
-    "kv_transport": "shm",
-    "kv_port": "5",
     "config_server_store": "etcd://h:1",
-    "config_server_host": "10.0.0.1",
-    "config_server_port": "5",
     "output_constraint_mode": "none",
     "tool_call_parser": "none",
     "reasoning_parser": "none",
@@ -177,9 +168,10 @@ def test_reserved_flag_is_refused_by_name(name):
 @pytest.mark.parametrize(
     ("flag", "value"),
     [
-        ("run_mode", "prefill"),
-        ("run_mode", "config_server"),
+        ("kv_transport", "p2p"),
+        ("kv_transport", "nixl"),
         ("attention_backend", "flashinfer"),
+        ("quant_type", "w8a8"),
     ],
 )
 def test_reserved_value_of_a_built_flag_is_refused(flag, value):
@@ -187,26 +179,28 @@ def test_reserved_value_of_a_built_flag_is_refused(flag, value):
 
 
 def test_reserved_flag_may_have_its_default():
-    skipped = ("enable_deterministic", "advertise_host", "cors_origins")
+    skipped = ("enable_deterministic", "cors_origins")
     line = " ".join(f"--{name} {FLAGS[name].default_text}" for name in RESERVED if name not in skipped)
     result = run(f"{line} --advertise_host 127.0.0.1")
     assert (result.not_built, result.warnings) == ([], [])
 
 
 def test_dry_run_lists_what_is_refused():
-    result = run("--dry_run --tp 8 --kv-transport shm --pd_decode_rpyc_port 5", environ={"LIGHTLLM_DP": "2"})
+    result = run(
+        "--dry_run --tp 8 --kv-transport nixl --model-name x --kv-cache-dtype int8",
+        environ={"LIGHTLLM_DP": "2"},
+    )
     assert [text.split(":")[0] for text in result.not_built] == [
+        "--kv_cache_dtype",
         "--dp",
         "--kv_transport",
-        "--kv_port",
     ]
-    assert "from LIGHTLLM_DP" in result.not_built[0]
-    assert "from" not in result.not_built[1]
-    assert "from --pd_decode_rpyc_port" in result.not_built[2]
+    assert "from LIGHTLLM_DP" in result.not_built[1]
+    assert "from" not in result.not_built[2]
 
 
 def test_all_refusals_come_at_once():
-    assert len(refusal("--dp 2 --draft_ngram 2").splitlines()) == 2
+    assert len(refusal("--dp 2 --moe_mode ep").splitlines()) == 2
 
 
 def test_graph_flags_on_a_cpu_are_one_warning():
@@ -260,11 +254,14 @@ def test_cross_rules_name_both_flags(line, flags):
         f"--run_mode pd_master {DIRECTORY}",
         "--run_mode pd_master",
         f"--run_mode config_server {DIRECTORY}",
-        "--mtp_mode deepseekv3 --mtp_step 1",
     ],
 )
 def test_lines_that_are_right(line):
-    assert run(f"{line} --dry_run", model=None).not_built
+    assert run(line, model=None).not_built == []
+
+
+def test_draft_layers_are_checked_before_they_are_built():
+    assert run("--mtp_mode deepseekv3 --mtp_step 1 --dry_run", model=None).not_built
 
 
 def test_several_machines():
@@ -289,6 +286,21 @@ def test_open_server_without_key_is_warned_about():
     assert "--api_key" in run("--host 0.0.0.0").warnings[0]
     assert run("--host 0.0.0.0", environ={"LIGHTLLM_API_KEY": "k"}).warnings == []
     assert run("--host 127.1.2.3").warnings == []
+
+
+def test_weights_are_quantised_on_a_cpu_only():
+    for quant_type in ("w8", "w4"):
+        assert run(f"--quant_type {quant_type}").config.model.quant_type == quant_type
+        assert run(f"--quant_type {quant_type} --device cpu", machine=GPU).config.engine.device == "cpu"
+        message = refusal(f"--quant_type {quant_type}", machine=GPU)
+        assert message.startswith(f"--quant_type {quant_type} and --device auto (here a GPU)")
+
+
+def test_drafts_are_verified_on_a_cpu_only():
+    assert run("--draft_ngram 5").config.parallel.draft_ngram == 5
+    assert refusal("--draft_ngram 5", machine=GPU).startswith(
+        "--draft_ngram 5 and --device auto (here a GPU)"
+    )
 
 
 def test_advertised_address():

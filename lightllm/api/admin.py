@@ -34,8 +34,11 @@ async def liveness(call: Call) -> None:
 
 
 async def readiness(call: Call) -> None:
-    """`/readiness`: weights are loaded and one real token was computed; not while draining."""
-    call.context.require_serving()
+    """`/readiness`: weights are loaded and one real token was computed; not while draining.
+
+    A pd_master is ready with one node of each role, a node once it is registered.
+    """
+    call.context.require_ready()
     await call.answer_json({"status": "ok"})
 
 
@@ -65,15 +68,16 @@ async def metrics(call: Call) -> None:
 
 async def index_page(call: Call) -> None:
     """`GET /`: the chat page."""
-    await _page(call, "index.html")
+    await serve_page(call, "index.html")
 
 
 async def dashboard_page(call: Call) -> None:
     """`GET /dashboard`: live plots."""
-    await _page(call, "dashboard.html")
+    await serve_page(call, "dashboard.html")
 
 
-async def _page(call: Call, name: str) -> None:
+async def serve_page(call: Call, name: str) -> None:
+    """Answer with one of the static pages."""
     path = STATIC / name
     if not path.is_file():
         raise LightLLMError(f"{call.path} is not part of this installation", code="not_found")

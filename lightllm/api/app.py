@@ -54,6 +54,8 @@ class App:
             self._check_key(call, endpoint)
             if endpoint is None:
                 raise _no_route(call, allowed)
+            if self.context.agent is not None and endpoint.generates:
+                raise _wrong_role(call, self.context)
             await endpoint.handler(call)
         except LightLLMError as error:
             await call.fail(error, allow=", ".join(sorted(allowed)) if endpoint is None else "")
@@ -89,7 +91,7 @@ class App:
         return None, allowed
 
     def _check_key(self, call: Call, endpoint: Endpoint | None) -> None:
-        if endpoint is not None and endpoint.is_public:
+        if endpoint is not None and (endpoint.is_public or (endpoint.is_page and not call.wants_json)):
             return
         if not self._keys:
             if call.path.startswith("/debug/") and not _is_loopback(call.scope):
@@ -126,6 +128,13 @@ def _methods(endpoint: Endpoint) -> set[str]:
 
 def _route(endpoint: Endpoint) -> Route:
     return Route(endpoint.path, endpoint.handler, methods=endpoint.methods)
+
+
+def _wrong_role(call: Call, context: AppContext) -> LightLLMError:
+    assert context.agent is not None
+    masters = ", ".join(context.agent.masters()) or "its pd_master"
+    message = f"{call.path}: this is a {context.agent.role} node; send requests to {masters}"
+    return LightLLMError(message, code="wrong_role")
 
 
 def _no_route(call: Call, allowed: set[str]) -> LightLLMError:

@@ -24,6 +24,8 @@ from lightllm.errors import CapacityError, LightLLMError, RequestError
 from lightllm.frontend.engine_client import EngineClientLike
 from lightllm.frontend.generation import Generation
 from lightllm.frontend.generator import Generator, new_request_id
+from lightllm.frontend.node_agent import NodeAgent
+from lightllm.frontend.node_server import NodeServer
 from lightllm.frontend.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -53,6 +55,8 @@ class AppContext:
         model_names: served names, the first is shown.
         sampling_defaults: what the model's generation_config replaces (do_sample, temperature, top_p, top_k,
             the penalties).
+        cluster: the nodes of a pd_master, None in other roles.
+        agent: the links of a prefill or decode node to its masters, None in other roles.
         is_draining: set when nothing new is taken any more.
     """
 
@@ -65,6 +69,8 @@ class AppContext:
     requests: RequestLog
     version: str = ""
     sampling_defaults: dict[str, Any] = field(default_factory=dict)
+    cluster: NodeServer | None = None
+    agent: NodeAgent | None = None
     is_draining: bool = False
     created_unix_s: int = field(default_factory=lambda: int(time.time()))
     logged_fields: set[str] = field(default_factory=set)
@@ -75,6 +81,16 @@ class AppContext:
             message = "the server is stopping and takes no new requests; send it to another one"
             raise CapacityError(message, code="draining", retry_after_s=DRAIN_RETRY_S)
         self.engine.require_up()
+
+    def require_ready(self) -> None:
+        """Raise the 503 error that says why no client should be sent here; more than `require_serving`."""
+        self.require_serving()
+        if self.cluster is not None:
+            self.cluster.router.require_pair()
+        if self.agent is not None and not self.agent.is_registered:
+            states = "; ".join(self.agent.states()) or "no pd_master is known yet"
+            message = f"not registered at any pd_master: {states}"
+            raise CapacityError(message, code="loading", retry_after_s=DRAIN_RETRY_S)
 
 
 class Call:
@@ -107,6 +123,11 @@ class Call:
         self.ignored: list[str] = []
         self._receive = receive
         self._send = send
+
+    @property
+    def wants_json(self) -> bool:
+        """Whether the client asks for JSON where a person would get a page."""
+        return b"application/json" in self.headers.get(b"accept", b"")
 
     @property
     def path_params(self) -> dict[str, str]:

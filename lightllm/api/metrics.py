@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import Metric
 from prometheus_client.process_collector import ProcessCollector
 
+from lightllm.api.process_memory import resident_bytes
 from lightllm.frontend.engine_client import EngineClientLike
 from lightllm.frontend.generation import Generation
 from lightllm.messages import EngineStats
@@ -165,10 +166,10 @@ class Metrics:
         routes = [({"route": route}, count) for route, count in self.requests.items()]
         failures = [({"status": s, "code": c}, count) for (s, c), count in self.failures.items()]
         finishes = [({"reason": reason}, count) for reason, count in self.finishes.items()]
-        yield _metric("request_count", "requests by route", "counter", label, routes)
-        yield _metric("request_success", "requests answered", "counter", label, [({}, self.successes)])
-        yield _metric("request_failure", "requests by status and error code", "counter", label, failures)
-        yield _metric("request_finish", "samples by finish_reason", "counter", label, finishes)
+        yield labelled("request_count", "requests by route", "counter", label, routes)
+        yield labelled("request_success", "requests answered", "counter", label, [({}, self.successes)])
+        yield labelled("request_failure", "requests by status and error code", "counter", label, failures)
+        yield labelled("request_finish", "samples by finish_reason", "counter", label, finishes)
         plain = {
             "prompt_tokens_total": self.prompt_tokens,
             "generated_tokens_total": self.generated_tokens,
@@ -177,7 +178,7 @@ class Metrics:
             "engine_restarts_total": self.engine.restarts_total,
         }
         for name, value in plain.items():
-            yield _metric(name, name.replace("_", " "), "counter", label, [({}, max(0, value))])
+            yield labelled(name, name.replace("_", " "), "counter", label, [({}, max(0, value))])
 
     def _gauges(self, label: dict[str, str]) -> Iterator[Metric]:
         stats = self.engine.stats
@@ -192,13 +193,18 @@ class Metrics:
             "node_up": float(is_up),
         }
         for name, value in gauges.items():
-            yield _metric(name, name.replace("_", " "), "gauge", label, [({}, value)])
-        yield _metric("build_info", "version of lightllm", "gauge", label, [({"version": self.version}, 1)])
+            yield labelled(name, name.replace("_", " "), "gauge", label, [({}, value)])
+        memory = [({"process": process}, size) for process, size in resident_bytes().items()]
+        yield labelled(
+            "resident_memory_bytes", "resident memory of the node's processes", "gauge", label, memory
+        )
+        yield labelled("build_info", "version of lightllm", "gauge", label, [({"version": self.version}, 1)])
 
 
-def _metric(
+def labelled(
     name: str, text: str, kind: str, label: dict[str, str], samples: Iterable[tuple[dict[str, str], float]]
 ) -> Metric:
+    """A family `lightllm_<name>` of samples, each with its own labels and the common ones."""
     metric = Metric(f"lightllm_{name}", text, kind)
     for labels, value in samples:
         metric.add_sample(metric.name, {**label, **labels}, value)

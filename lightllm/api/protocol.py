@@ -3,7 +3,8 @@
 Each request's scope carries an `HttpTransport` through which handlers write frames straight to the socket and
 learn that the client has left. Bad HTTP, headers over 32 KiB (431) or later than 30 s (408) are answered
 here; the body's size and time limits belong to `api.call`. An offered upgrade (h2c, as Java's client sends
-with every request) is not taken, and the request served as it stands. Runs in the frontend's event loop.
+with every request) is not taken, and the request served as it stands; but for WebSockets at the few paths of
+node links, whose connections are handed over as a whole. Runs in the frontend's event loop.
 """
 
 import asyncio
@@ -12,7 +13,7 @@ import http
 import logging
 import resource
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import httptools
@@ -21,8 +22,10 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from lightllm.api.errors import envelope, error_headers
 from lightllm.api.transport import EXTENSION, Header
+from lightllm.cluster_link import MAX_HANDSHAKE_BYTES
 from lightllm.errors import CapacityError, LightLLMError, RequestError
 from lightllm.frontend.generator import new_request_id
+from lightllm.web_socket import WebSocket, accept_head
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +48,9 @@ UPGRADE_HEADERS = (b"upgrade", b"connection", b"http2-settings")
 RESERVED_FILES = 96
 MAX_TURNED_AWAY = 32
 TURN_AWAY_S = 1.0
+
+
+WebSockets = Mapping[bytes, Callable[[WebSocket], None]]
 
 
 class HttpTransport:
@@ -139,8 +145,9 @@ class HttpTransport:
 class LightLLMProtocol(HttpToolsProtocol):
     """One client connection."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, web_sockets: WebSockets | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._web_sockets = web_sockets or {}
         self._clients: list[HttpTransport] = []
         self._refusal: LightLLMError | None = None
         self._is_broken = False
@@ -194,13 +201,36 @@ class LightLLMProtocol(HttpToolsProtocol):
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
-            self._serve_without_upgrade(data[upgrade.args[0] :])
+            rest = data[upgrade.args[0] :]
+            if not self._hand_over(rest):
+                self._serve_without_upgrade(rest)
         except httptools.HttpParserError:
             self.send_400_response("")
         # The parser keeps an unfinished header to itself, so what came in is counted, too.
         if self._is_in_head and self._head_bytes > 2 * MAX_HEAD_BYTES and not self.transport.is_closing():
             self._refusal = _head_too_large()
             self.send_400_response("")
+
+    def _hand_over(self, rest: bytes) -> bool:
+        """Make a WebSocket of this connection, if it asks for one at a path that has them."""
+        headers = dict(self.headers)
+        key = headers.get(b"sec-websocket-key", b"")
+        accept = self._web_sockets.get(self.url.partition(b"?")[0])
+        is_wanted = headers.get(b"upgrade", b"").lower() == b"websocket" and bool(key)
+        if accept is None or not is_wanted or self._clients or self.parser.get_method() != b"GET":
+            return False
+        self._cancel_timers()
+        self._unset_keepalive_if_required()
+        self.connections.discard(self)
+        self._is_broken = True  # for bytes that the event loop has for us already
+        socket = WebSocket(MAX_HANDSHAKE_BYTES)
+        self.transport.write(accept_head(key))
+        self.transport.set_protocol(socket)
+        socket.connection_made(self.transport)
+        accept(socket)
+        if rest:
+            socket.data_received(rest)
+        return True
 
     def _serve_without_upgrade(self, rest: bytes) -> None:
         """Parse the request just read once more, without the headers at which the parser has stopped.
@@ -362,11 +392,18 @@ def _head_too_large() -> RequestError:
     return RequestError(f"the headers are larger than {MAX_HEAD_BYTES} bytes", code="headers_too_large")
 
 
-def uvicorn_config(app: Any, *, version: str, loop: str = "uvloop") -> uvicorn.Config:
-    """How the frontend runs uvicorn: our protocol, no access log, no signal or log set-up of its own."""
+def uvicorn_config(
+    app: Any, *, version: str, loop: str = "uvloop", web_sockets: WebSockets | None = None
+) -> uvicorn.Config:
+    """How the frontend runs uvicorn: our protocol, no access log, no signal or log set-up of its own.
+
+    Args:
+        web_sockets: path -> who takes the WebSockets opened there.
+    """
+    protocol = functools.partial(LightLLMProtocol, web_sockets=web_sockets)
     return uvicorn.Config(
         app,
-        http=LightLLMProtocol,
+        http=cast(type[asyncio.Protocol], protocol),
         ws="none",
         loop=loop,
         lifespan="off",

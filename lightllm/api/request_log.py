@@ -5,6 +5,7 @@ Never holds prompt or output text. Owned by the frontend's event loop.
 
 import logging
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 from lightllm.frontend.generation import Generation
@@ -28,8 +29,12 @@ class RequestRecord:
             return "done"
         return "decoding" if self.generation.first_s else "queued"
 
-    def as_json(self) -> dict[str, Any]:
-        """The published form."""
+    def as_json(self, nodes: list[dict[str, Any]]) -> dict[str, Any]:
+        """The published form.
+
+        Args:
+            nodes: what each node of a cluster did for it; empty where this node does all.
+        """
         generation = self.generation
         start = generation.arrival_unix_s
         events: list[list[Any]] = [["queued", round(start, 3)]]
@@ -52,7 +57,7 @@ class RequestRecord:
             "output_tokens": generation.num_output_tokens,
             "finish_reason": generation.finish_reason,
             "deadline": round(generation.deadline_s, 3) if generation.deadline_s else None,
-            "nodes": [{**node, "events": events}],
+            "nodes": nodes or [{**node, "events": events}],
         }
 
     def _node_state(self) -> str:
@@ -64,9 +69,13 @@ class RequestLog:
 
     Args:
         ring: how many finished requests are kept.
+
+    Attributes:
+        nodes_of: what the nodes of a cluster did for a request id; nothing outside of a pd_master.
     """
 
     def __init__(self, ring: int) -> None:
+        self.nodes_of: Callable[[str], list[dict[str, Any]]] = lambda request_id: []
         self._live: dict[str, RequestRecord] = {}
         self._done: deque[dict[str, Any]] = deque(maxlen=ring)
 
@@ -79,19 +88,22 @@ class RequestLog:
         """A live or finished request in its published form."""
         live = self._live.get(request_id)
         if live is not None:
-            return live.as_json()
+            return self._as_json(live)
         return next((done for done in self._done if done["id"] == request_id), None)
 
     def listing(self, state: str | None, limit: int) -> list[dict[str, Any]]:
         """Newest first; `state` is live, done or None for both."""
         live = [] if state == "done" else list(reversed(self._live.values()))[:limit]
         done = [] if state == "live" else list(reversed(self._done))
-        return [*(record.as_json() for record in live), *done][:limit]
+        return [*(self._as_json(record) for record in live), *done][:limit]
 
     def _finish(self, record: RequestRecord) -> None:
         # The generation itself must go: its token ids are prompt text in another alphabet, and many.
         if self._live.pop(record.request_id, None) is not None:
-            self._done.append(record.as_json())
+            self._done.append(self._as_json(record))
+
+    def _as_json(self, record: RequestRecord) -> dict[str, Any]:
+        return record.as_json(self.nodes_of(record.request_id))
 
 
 def log_request(

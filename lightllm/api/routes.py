@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from lightllm.api import admin, chat, completions, native, openai
+from lightllm.api import admin, chat, completions, native, nodes, openai
 from lightllm.api import openai_types as types
 from lightllm.api.call import Call
 
@@ -22,6 +22,7 @@ class Endpoint:
     Attributes:
         body, reply: types of the JSON that goes in and out, None where there is none.
         is_public: answers without a key.
+        is_page: answers without a key, but not if JSON is asked for: a page that asks for the key itself.
         is_counted: appears in the request metrics and the log.
     """
 
@@ -31,7 +32,13 @@ class Endpoint:
     body: type[msgspec.Struct] | None = None
     reply: type[msgspec.Struct] | None = None
     is_public: bool = False
+    is_page: bool = False
     is_counted: bool = False
+
+    @property
+    def generates(self) -> bool:
+        """Whether it belongs to the generation APIs, which a prefill or decode node does not serve."""
+        return self.is_counted or self.path.startswith("/v1/")
 
 
 def _api(
@@ -70,6 +77,7 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     Endpoint("/debug/requests/{id}", ("DELETE",), admin.cancel_request),
     Endpoint("/", GET, admin.index_page, is_public=True),
     Endpoint("/dashboard", GET, admin.dashboard_page, is_public=True),
+    Endpoint("/cluster", GET, nodes.show_cluster, is_page=True),
 )
 
 # Reserved names: answered with not_implemented, and no part of the published API.

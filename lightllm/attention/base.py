@@ -62,3 +62,23 @@ class AttentionBackend(ABC):
         Returns:
             [num_tokens, num_q_heads * head_dim], the dtype of q.
         """
+
+
+class RotatingBackend(AttentionBackend):
+    """A backend that can rotate the new keys on their way into the pool, and the queries beside them."""
+
+    @abstractmethod
+    def rotate_and_forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        layer: AttentionLayer,
+        batch: ForwardBatch,
+    ) -> Tensor:
+        """Do what `Ops.rotate_` of q and k, and then `forward`, would do; may change q in place.
+
+        Args:
+            rotary: cosines and sines, each [num_tokens, rotary_dim / 2] float32.
+        """

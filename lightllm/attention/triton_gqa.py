@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightllm.attention.base import AttentionBackend, AttentionLayer
+from lightllm.attention.base import AttentionLayer, RotatingBackend
 from lightllm.device.forward_batch import ForwardBatch
 from lightllm.kernels.decode_attention import decode_attention
 from lightllm.kernels.kv_write import kv_write
@@ -59,7 +59,7 @@ class Plan:
     prefill: PrefillPlan | None
 
 
-class TritonAttention(AttentionBackend):
+class TritonAttention(RotatingBackend):
     """Made for a model's head counts, which the plan needs.
 
     Args:
@@ -110,10 +110,33 @@ class TritonAttention(AttentionBackend):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer, batch: ForwardBatch) -> Tensor:
         """See the base class."""
+        return self._forward(q, k, v, None, layer, batch)
+
+    def rotate_and_forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        layer: AttentionLayer,
+        batch: ForwardBatch,
+    ) -> Tensor:
+        """See the base class."""
+        return self._forward(q, k, v, rotary, layer, batch)
+
+    def _forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        layer: AttentionLayer,
+        batch: ForwardBatch,
+    ) -> Tensor:
         assert batch.index is not None
         pool_k, pool_v = batch.kv_pool.k[layer.index], batch.kv_pool.v[layer.index]
         table = batch.index.slot_table
-        kv_write(k, v, pool_k, pool_v, batch.out_slots)
+        kv_write(q, k, v, pool_k, pool_v, batch.out_slots, rotary)
         out = torch.empty(q.shape[0], q.shape[1] * q.shape[2], dtype=q.dtype, device=q.device)
         plan: Plan = batch.plan
         if plan.prefill is not None:

@@ -79,6 +79,19 @@ def set_threads(num_threads: int) -> int:
     return torch.get_num_threads()
 
 
+def give_back_freed_memory() -> bool:
+    """Give memory that was freed back to the system: the loader's threads leave some in their heaps.
+
+    Returns:
+        Whether the allocator has such a call (glibc).
+    """
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):
+        return False
+    return True
+
+
 def keep_freed_memory() -> bool:
     """Let the C allocator keep freed memory for the next step instead of giving it back to the system.
 
@@ -150,6 +163,7 @@ class CpuDevice(Device):
         set_threads(1)  # the loader's threads would each bring a team of their own
 
     def prepare_to_compute(self, num_threads: int) -> str:
+        give_back_freed_memory()
         keep_freed_memory()
         return f"{set_threads(num_threads)} threads"
 

@@ -4,6 +4,7 @@ Runs in the engine process. Owns the order of things and nothing else: requests 
 scheduler, tensors to the executor's workers, bytes to the link. Knows no torch, no HTTP and no tokenizer.
 """
 
+import contextlib
 import logging
 import time
 from collections import deque
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from lightllm.engine.executor import Executor, Pending
+from lightllm.engine.recovery import Recovery, StepFailed, result_of
 from lightllm.messages import (
     AbortAll,
     AbortRequest,
@@ -20,6 +22,7 @@ from lightllm.messages import (
     FromEngine,
     Ping,
     Pong,
+    RenewLeases,
     RequestOutput,
     ToEngine,
 )
@@ -29,6 +32,8 @@ from lightllm.scheduler.scheduler import Scheduler
 logger = logging.getLogger(__name__)
 
 IDLE_WAIT_S = 1.0
+TRANSFER_WAIT_S = 0.002
+"""With nothing to compute but KV on its way, the transport is asked so often how far it is."""
 
 
 class Link(Protocol):
@@ -72,6 +77,7 @@ class Engine:
         self.on_stats = on_stats
         self.clock = clock
         self.max_pending = 1 if enable_overlap else 0
+        self.recovery = Recovery(executor, clock)
         self.pending: deque[Pending] = deque()
         self.steps_total = 0
 
@@ -82,16 +88,18 @@ class Engine:
         batch = self.scheduler.schedule(self.clock())
         if batch is not None:
             self.pending.append(self.executor.submit(batch))
-        has_result = len(self.pending) > (self.max_pending if batch is not None else 0)
-        if has_result:
+        for reserved in self.scheduler.take_reservations():
+            self.link.send(reserved)
+        num_steps = self.steps_total
+        if len(self.pending) > (self.max_pending if batch is not None and batch.rows else 0):
             outputs += self._take_result()
-        if outputs or has_result:
+        if outputs or self.steps_total > num_steps:
             stats = self.scheduler.stats()
             self.link.send(EngineOutput(outputs=outputs, stats=stats))
             self.on_stats(stats)
 
     def run(self, should_stop: Callable[[], bool]) -> None:
-        """Step until `should_stop()`; an exception of a step ends the loop and the process with it."""
+        """Step until `should_stop()`; what is nobody's fault ends the loop and the process with it."""
         while not should_stop():
             self.step()
 
@@ -121,25 +129,45 @@ class Engine:
             outputs = self._take_result()
 
     def _take_messages(self) -> list[RequestOutput]:
-        is_idle = not self.pending and not self.scheduler.has_work
         outputs: list[RequestOutput] = []
-        for message in self.link.receive(IDLE_WAIT_S if is_idle else 0.0):
+        for message in self.link.receive(self._wait_s()):
             match message:
                 case EngineRequest():
                     outputs += _listed(self.scheduler.add(message, self.clock()))
                 case AbortRequest(request_id=request_id, reason=reason):
                     outputs += _listed(self.scheduler.abort(request_id, reason))
                 case AbortAll():
-                    for request_id in self.scheduler.request_ids():
+                    for request_id in list(self.scheduler.requests):
                         self.scheduler.abort(request_id, "abort")
+                case RenewLeases(request_ids=request_ids):
+                    self.scheduler.renew(request_ids, self.clock())
                 case Ping(nonce=nonce):
                     self.link.send(Pong(nonce=nonce, stats=self.scheduler.stats()))
         return outputs
 
+    def _wait_s(self) -> float:
+        """How long the next turn may wait for a message."""
+        if self.pending:
+            return 0.0
+        if not self.scheduler.has_work:
+            return IDLE_WAIT_S
+        return TRANSFER_WAIT_S if self.scheduler.is_only_transferring else 0.0
+
     def _take_result(self) -> list[RequestOutput]:
-        result = self.pending.popleft().result()
-        self.steps_total += 1
+        try:
+            result = result_of(self.pending.popleft())
+        except StepFailed as failure:
+            return self._recover(failure)
+        self.steps_total += bool(result.token_ids)  # a batch without rows is no step
         return self.scheduler.update(result)
+
+    def _recover(self, failure: StepFailed) -> list[RequestOutput]:
+        """Go on without the request whose step failed; see recovery.py."""
+        while self.pending:
+            with contextlib.suppress(StepFailed):
+                result_of(self.pending.popleft())
+        self.scheduler, outputs = self.recovery.run(self.scheduler, failure, self.steps_total)
+        return outputs
 
     def _finish_steps_in_flight(self) -> None:
         while self.pending:

@@ -30,8 +30,10 @@ from lightllm.messages import (
     EngineStats,
     EngineUp,
     FromEngine,
+    KVReserved,
     Ping,
     Pong,
+    RenewLeases,
     RequestFailure,
     RequestOutput,
     ToEngine,
@@ -138,6 +140,7 @@ class EngineClient:
         info: the engine that is up, None while there is none.
         stats: its state after the last step heard of.
         restarts_total: how many engines came after the first.
+        on_kv_reserved: told when a request has slots for KV from another node.
     """
 
     def __init__(
@@ -146,6 +149,7 @@ class EngineClient:
         self.info: EngineInfo | None = None
         self.stats = EngineStats()
         self.restarts_total = -1
+        self.on_kv_reserved: Callable[[KVReserved], None] = lambda message: None
         self._on_stats = on_stats or (lambda stats: None)
         self._max_step_tokens = max_step_tokens
         self._context = zmq.Context(io_threads=1)
@@ -226,6 +230,10 @@ class EngineClient:
             self._rate.add()
             self._send(AbortRequest(request_id=request_id, reason=reason))
 
+    def renew_leases(self, request_ids: list[str]) -> None:
+        """Tell the engine that these are still wanted."""
+        self._send(RenewLeases(request_ids=request_ids))
+
     def retry_after_s(self) -> int:
         """Seconds after which a queue that is full now should have room, 1..60."""
         return self._rate.wait_s(max(1, self.stats.requests_waiting))
@@ -299,6 +307,9 @@ class EngineClient:
                     live = self._live.get(output.request_id)
                     if live is not None:  # else it was aborted in the meantime
                         self._deliver(live, output)
+            case KVReserved():
+                if message.request_id in self._live:
+                    self.on_kv_reserved(message)
             case Pong(nonce=nonce):
                 self.stats = message.stats
                 pong = self._pongs.get(nonce)
@@ -321,14 +332,14 @@ class EngineClient:
             del self._live[output.request_id]
             if output.error is None:  # a refusal makes no room for anybody
                 self._rate.add()
-        if not _hand_over(live.sink, output):
+        if not hand_over(live.sink, output):
             self.abort(output.request_id)
-            _hand_over(live.sink, _failed(output.request_id, "internal", "the answer could not be processed"))
+            hand_over(live.sink, _failed(output.request_id, "internal", "the answer could not be processed"))
 
     def _fail_all(self, code: str, message: str) -> None:
         live, self._live = self._live, {}
         for request_id, request in live.items():
-            _hand_over(request.sink, _failed(request_id, code, message))
+            hand_over(request.sink, _failed(request_id, code, message))
 
     def _socket(self, kind: int) -> "zmq.Socket[bytes]":
         # No high-water marks: what may enter is bounded by admission, and a blocked send would stop the event
@@ -356,7 +367,8 @@ class EngineClient:
         self._pongs.clear()
 
 
-def _hand_over(sink: OutputSink, output: RequestOutput) -> bool:
+def hand_over(sink: OutputSink, output: RequestOutput) -> bool:
+    """Give a sink its output; False, and a line in the log, if it could not take it."""
     try:
         sink.on_output(output)
     except Exception:  # one request's bug must not silence all the others

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightllm.kernels.dependent_launch import launch_options, start, wait
+
 LOG2_E = 1.4426950408889634
 BLOCK_N = 64
 
@@ -54,7 +56,10 @@ def _decode_kernel(
     HAS_CAP: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
 ):
+    start(IS_DEPENDENT)
+    wait(IS_DEPENDENT)
     kv_head = tl.program_id(0)
     sequence = tl.program_id(1)
     split = tl.program_id(2)
@@ -64,12 +69,12 @@ def _decode_kernel(
     first = 0
     if HAS_WINDOW:
         first = tl.maximum(seq_len - window, 0)
-    start = first
+    begin = first
     stop = seq_len
     if IS_SPLIT:
         num_blocks = tl.cdiv(tl.cdiv(seq_len - first, BLOCK_N), num_splits)
-        start = first + split * num_blocks * BLOCK_N
-        stop = tl.minimum(start + num_blocks * BLOCK_N, seq_len)
+        begin = first + split * num_blocks * BLOCK_N
+        stop = tl.minimum(begin + num_blocks * BLOCK_N, seq_len)
 
     heads = tl.arange(0, BLOCK_H)
     dims = tl.arange(0, BLOCK_D)
@@ -84,7 +89,7 @@ def _decode_kernel(
     table = slot_table + row * table_width
     pool_k += kv_head * HEAD_DIM
     pool_v += kv_head * HEAD_DIM
-    for block in tl.range(start, stop, BLOCK_N, num_stages=STAGES):
+    for block in tl.range(begin, stop, BLOCK_N, num_stages=STAGES):
         positions = block + tl.arange(0, BLOCK_N)
         is_valid = positions < stop
         slots = tl.load(table + positions, is_valid, other=0).to(tl.int64)
@@ -129,7 +134,10 @@ def _merge_kernel(
     out_token,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
 ):
+    start(IS_DEPENDENT)
+    wait(IS_DEPENDENT)
     head = tl.program_id(0)
     sequence = tl.program_id(1)
     token = tl.load(tokens + sequence).to(tl.int64)
@@ -221,6 +229,7 @@ def decode_attention(
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         STAGES=3 if q.dtype.itemsize == 2 else 1,
         num_warps=4,
+        **launch_options(q, n),
     )
     if is_split:
         _merge_kernel[(q.shape[1], n)](
@@ -233,4 +242,5 @@ def decode_attention(
             HEAD_DIM=head_dim,
             BLOCK_D=block_d,
             num_warps=1,
+            **launch_options(q, n),
         )

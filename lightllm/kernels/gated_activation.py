@@ -9,14 +9,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightllm.kernels.dependent_launch import launch_options, start, wait
+
 BLOCK = 1024
 
 
 @triton.jit
-def _gated_kernel(gate_up, out, size, row_stride, IS_SILU: tl.constexpr, BLOCK: tl.constexpr):
+def _gated_kernel(
+    gate_up, out, size, row_stride, IS_SILU: tl.constexpr, BLOCK: tl.constexpr, IS_DEPENDENT: tl.constexpr
+):
+    start(IS_DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < size
+    wait(IS_DEPENDENT)
     gate = tl.load(gate_up + row * row_stride + columns, mask, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * row_stride + size + columns, mask, other=0.0).to(tl.float32)
     if IS_SILU:
@@ -42,5 +48,8 @@ def _launch(gate_up: Tensor, *, is_silu: bool) -> Tensor:
     out = torch.empty(num_rows, size, dtype=gate_up.dtype, device=gate_up.device)
     if num_rows:
         grid = (num_rows, triton.cdiv(size, BLOCK))
-        _gated_kernel[grid](gate_up, out, size, gate_up.stride(0), IS_SILU=is_silu, BLOCK=BLOCK, num_warps=4)
+        options = launch_options(gate_up, num_rows)
+        _gated_kernel[grid](
+            gate_up, out, size, gate_up.stride(0), IS_SILU=is_silu, BLOCK=BLOCK, num_warps=4, **options
+        )
     return out

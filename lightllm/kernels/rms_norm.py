@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightllm.kernels.dependent_launch import launch_options, start, wait
+
 
 @triton.jit
 def _rms_norm_kernel(
@@ -24,12 +26,16 @@ def _rms_norm_kernel(
     eps,
     HAS_RESIDUAL: tl.constexpr,
     BLOCK: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
 ):
+    start(IS_DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     mask = columns < size
-    start = (row // num_inner) * x_outer + (row % num_inner) * x_inner
-    value = tl.load(x + start + columns, mask, other=0.0).to(tl.float32)
+    first = (row // num_inner) * x_outer + (row % num_inner) * x_inner
+    scales = tl.load(weight + columns, mask, other=0.0).to(tl.float32)
+    wait(IS_DEPENDENT)
+    value = tl.load(x + first + columns, mask, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         place = residual + row * residual_stride + columns
         value += tl.load(place, mask, other=0.0).to(tl.float32)
@@ -38,7 +44,7 @@ def _rms_norm_kernel(
         value = rounded.to(tl.float32)
     scale = tl.rsqrt(tl.sum(value * value, 0) / size + eps)
     normed = (value * scale).to(out.dtype.element_ty).to(tl.float32)
-    result = normed * tl.load(weight + columns, mask, other=0.0).to(tl.float32)
+    result = normed * scales
     tl.store(out + row * size + columns, result.to(out.dtype.element_ty), mask)
 
 
@@ -91,4 +97,5 @@ def _launch(
         HAS_RESIDUAL=has_residual,
         BLOCK=block,
         num_warps=min(16, max(1, block // 512)),
+        **launch_options(x, num_rows),
     )

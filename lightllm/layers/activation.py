@@ -1,13 +1,9 @@
 """Gated activations of the MLP: which there are, by the names of HF configs."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
-from typing import cast
-
-from torch import Tensor
 
 from lightllm.errors import ModelLoadError
-from lightllm.layers.ops import Ops
 
 # A config's `hidden_act` -> the method of Ops that computes act(gate) * up.
 ACTIVATIONS: Mapping[str, str] = MappingProxyType(
@@ -29,8 +25,3 @@ def check_activation(name: str) -> None:
     if name not in ACTIVATIONS:
         known = ", ".join(sorted(ACTIVATIONS))
         raise ModelLoadError(f"config.json: hidden_act: got {name!r}, supported are {known}")
-
-
-def gated_activation(name: str, ops: Ops) -> Callable[[Tensor], Tensor]:
-    """Return the function act(gate) * up of [n, 2 * size], the gate first, for a config's `hidden_act`."""
-    return cast(Callable[[Tensor], Tensor], getattr(ops, ACTIVATIONS[name]))

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from lightllm.attention.base import AttentionBackend, AttentionLayer
+from lightllm.attention.base import AttentionBackend, AttentionLayer, RotatingBackend
 from lightllm.device.forward_batch import ForwardBatch
 from lightllm.layers.linear import LinearMethod
 from lightllm.layers.norm import RMSNorm
@@ -55,10 +55,11 @@ class Attention:
         qkv = self.qkv(x).view(x.shape[0], -1, self.head_dim)  # [num_tokens, q + k + v heads, head_dim]
         qk, v = qkv[:, : self.num_qk_heads], qkv[:, self.num_qk_heads :]
         q, k = qk[:, : self.num_q_heads], qk[:, self.num_q_heads :]
-        if self.q_norm is None or self.k_norm is None:
-            self.ops.rotate_(qk, cos, sin)
-        else:
+        has_norms = self.q_norm is not None and self.k_norm is not None
+        if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-            self.ops.rotate_(q, cos, sin)
-            self.ops.rotate_(k, cos, sin)
+        if isinstance(self.backend, RotatingBackend):
+            return self.o(self.backend.rotate_and_forward(q, k, v, (cos, sin), self.layer, batch))
+        for x in (q, k) if has_norms else (qk,):
+            self.ops.rotate_(x, cos, sin)
         return self.o(self.backend.forward(q, k, v, self.layer, batch))

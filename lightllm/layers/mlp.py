@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from lightllm.layers.activation import gated_activation
+from lightllm.layers.activation import ACTIVATIONS
 from lightllm.layers.linear import LinearMethod
 from lightllm.layers.ops import Ops
 
@@ -19,8 +19,9 @@ class GatedMLP:
     def __init__(self, gate_up: LinearMethod, down: LinearMethod, activation: str, ops: Ops) -> None:
         self.gate_up = gate_up
         self.down = down
-        self.activation = gated_activation(activation, ops)
+        self.activation = ACTIVATIONS[activation]
+        self.ops = ops
 
     def __call__(self, x: Tensor) -> Tensor:
         """Map [num_tokens, hidden_size] to a new tensor of the same shape."""
-        return self.down(self.activation(self.gate_up(x)))
+        return self.ops.gated_linear(self.activation, self.gate_up(x), self.down)

@@ -48,6 +48,11 @@ class Ops:
         """gelu(gate) * up of [n, 2 * size], tanh approximation."""
         return ref.gelu_and_mul(gate_up)
 
+    def gated_linear(self, activation: str, gate_up: Tensor, linear: LinearMethod) -> Tensor:
+        """Put act(gate) * up of [n, 2 * size] through a linear; `activation` names the method for it."""
+        gated: Tensor = getattr(self, activation)(gate_up)
+        return linear(gated)
+
     def dense_linear(self, weight: Tensor, bias: Tensor | None) -> LinearMethod:
         """Make a linear of a weight [out_features, in_features] in the compute dtype; takes it over."""
         return DenseLinear(weight, bias)

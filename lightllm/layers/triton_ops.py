@@ -42,5 +42,11 @@ class TritonOps(Ops):
     def gelu_and_mul(self, gate_up: Tensor) -> Tensor:
         return gated_activation.gelu_and_mul(gate_up)
 
+    def gated_linear(self, activation: str, gate_up: Tensor, linear: LinearMethod) -> Tensor:
+        is_row = gate_up.shape[0] == 1 and gate_up.is_contiguous()
+        if is_row and activation == "silu_and_mul" and isinstance(linear, GpuLinear):
+            return gemv.gemv(gate_up, linear.weight, linear.bias, is_gated=True)
+        return super().gated_linear(activation, gate_up, linear)
+
     def dense_linear(self, weight: Tensor, bias: Tensor | None) -> LinearMethod:
         return GpuLinear(weight, bias)

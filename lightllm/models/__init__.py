@@ -17,7 +17,7 @@ from lightllm.distributed.shares import share_out
 from lightllm.errors import ModelLoadError
 from lightllm.layers.ops import Ops
 from lightllm.model_config import ModelConfig
-from lightllm.models.base import Model
+from lightllm.models.base import Model, WeightSpecs
 from lightllm.models.loader import Progress, column_blocks, load_weights, unused_names
 from lightllm.weights.base import WeightSource
 
@@ -58,9 +58,18 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     Raises:
         ModelLoadError: unknown architecture, or a config that it does not support.
     """
+    return weight_specs(config).tensor_shapes()
+
+
+def weight_specs(config: ModelConfig) -> WeightSpecs:
+    """Return what a model with this config is made of.
+
+    Raises:
+        ModelLoadError: unknown architecture, or a config that it does not support.
+    """
     cls = model_class(config.architecture)
     cls.check(config)
-    return cls.weight_specs(config).tensor_shapes()
+    return cls.weight_specs(config)
 
 
 def load_model(

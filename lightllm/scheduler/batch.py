@@ -1,4 +1,4 @@
-"""BatchColumns: the next ScheduledBatch while it is being composed.
+"""BatchColumns: the next ScheduledBatch while it is being composed; Step: one that has left.
 
 Keeps the columns aligned, the step's token budget, and what each worker row already knows of its slots.
 Decides nothing; belongs to one call of Scheduler.schedule().
@@ -6,8 +6,19 @@ Decides nothing; belongs to one call of Scheduler.schedule().
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from lightllm.messages import NewRequest, ScheduledBatch
 from lightllm.scheduler.request import Request
+from lightllm.scheduler.transfers import Orders
+
+
+class Step(NamedTuple):
+    """A scheduled step whose result is not here yet; `requests` are aligned with the batch's columns."""
+
+    batch: ScheduledBatch
+    requests: list[Request]
+    phase: str
 
 
 class BatchColumns:
@@ -23,6 +34,7 @@ class BatchColumns:
         self._slot_starts: list[int] = []
         self._slot_counts: list[int] = []
         self._slots: list[int] = []
+        self._drafts: dict[int, list[int]] = {}
 
     def add_decodes(self, requests: list[Request], slots: list[int]) -> None:
         """Add one sampling position of each request: its slot is given, it is not counted as computed."""
@@ -41,6 +53,11 @@ class BatchColumns:
             self._slot_counts += [1] * count
             self._slots += slots
 
+    def add_drafted(self, request: Request, drafts: list[int]) -> None:
+        """Add a sampling position of a request and the drafted ones behind it, as `add_chunk` does."""
+        self._drafts[len(self.requests)] = drafts
+        self.add_chunk(request, 1 + len(drafts), is_sampling=True)
+
     def add_chunk(self, request: Request, count: int, *, is_sampling: bool) -> None:
         """Add `count` positions of a request: they have slots, but are not counted as computed."""
         self.requests.append(request)
@@ -50,7 +67,7 @@ class BatchColumns:
         self._is_sampling.append(is_sampling)
         self._send_slots(request, count)
 
-    def finish(self, step_id: int, freed_rows: list[int]) -> ScheduledBatch:
+    def finish(self, step_id: int, freed_rows: list[int], orders: Orders) -> ScheduledBatch:
         """The batch; these columns must not be used any more."""
         return ScheduledBatch(
             step_id=step_id,
@@ -63,6 +80,10 @@ class BatchColumns:
             slot_starts=self._slot_starts,
             slot_counts=self._slot_counts,
             slots=self._slots,
+            drafts=self._drafts,
+            kv_sends=orders.sends,
+            kv_recvs=orders.recvs,
+            kv_cancels=orders.cancels,
         )
 
     def _send_slots(self, request: Request, num_new: int) -> None:

@@ -56,6 +56,14 @@ class NullPrefixCache:
         assert slots is not None, f"{count} slots asked for, {self._allocator.num_free} are free"
         request.slots.extend(slots)
 
+    def shrink(self, request: Request, count: int) -> None:
+        """Take back the request's last `count` slots, which are not in the tree."""
+        if count:
+            assert len(request.slots) - count >= request.num_tree_tokens, f"{count} slots are too many"
+            self._allocator.free(request.slots[-count:])
+            del request.slots[-count:]
+            request.num_unsent_slots = max(0, request.num_unsent_slots - count)
+
     def extend_each(self, requests: list[Request]) -> list[int]:
         """Append one slot to each request, all of which have some; returns these slots in order."""
         self._make_room(len(requests))

@@ -42,13 +42,26 @@ POLICIES: Mapping[str, Policy] = MappingProxyType({"fcfs": fcfs, "shortest_prefi
 
 
 class WaitingQueue:
-    """Requests that could be admitted, best first; those that finish meanwhile disappear by themselves."""
+    """Requests that could be admitted, best first; those that finish meanwhile disappear by themselves.
+
+    Also holds siblings, which may not be admitted before the prompt that they share is computed.
+    """
 
     def __init__(self, policy: Policy, cache: NullPrefixCache) -> None:
         self._policy = policy
         self._cache = cache
         self._heap: list[tuple[float, tuple[float, int], Request]] = []
         self._sweep_size = 64
+        self._held: dict[str, list[Request]] = {}
+
+    def hold(self, request: Request, leader: Request) -> None:
+        """Keep a request until the prompt of another one is computed."""
+        self._held.setdefault(leader.request_id, []).append(request)
+
+    def take_held(self, leader: Request) -> list[Request]:
+        """Those that were held for this request and still live; they are to be pushed now."""
+        held = self._held.pop(leader.request_id, ())
+        return [request for request in held if request.state is RequestState.WAITING]
 
     def push(self, request: Request) -> None:
         """Put a waiting request in its place."""

@@ -9,16 +9,32 @@ from __future__ import annotations
 import math
 from array import array
 from enum import Enum, auto
+from typing import TYPE_CHECKING
 
-from lightllm.messages import EngineRequest, NewRequest, RequestFailure, RequestOutput, TokenLogprobs
+import msgspec
+
+from lightllm.messages import (
+    EngineRequest,
+    KVFailure,
+    KVSource,
+    KVTarget,
+    NewRequest,
+    RequestFailure,
+    RequestOutput,
+    TokenLogprobs,
+)
 from lightllm.scheduler.radix_tree import Node
+
+if TYPE_CHECKING:
+    from lightllm.scheduler.drafting import Drafting
 
 
 class RequestState(Enum):
     """Where a request is in its life.
 
     WAITING -> RUNNING -> FINISHED, and back to WAITING when preempted; RECEIVING_KV comes before RUNNING and
-    SENDING_KV after it where KV moves between nodes.
+    SENDING_KV after it where KV moves between nodes. One that sends is RUNNING while it computes its prompt,
+    though parts of it leave already, and is never preempted.
     """
 
     WAITING = auto()
@@ -43,11 +59,14 @@ class Request:
                                          they go out with the next batch
         [0, num_computed_tokens)         KV valid for every later step, because steps are executed in order;
                                          num_computed_tokens == len(slots)
+        [num_computed_tokens, len(slots))
+                                         only in RECEIVING_KV: filled by the transport
         [num_computed_tokens, len(token_ids))
                                          known, still to be computed
         [len(token_ids), len(token_ids) + num_in_flight)
                                          sampled by steps whose results are not here yet; the next decode
-                                         step reads them on the device
+                                         step reads them on the device. Drafts count here too, until their
+                                         step's result says how many of them stay
 
     Attributes:
         rank: order of preemption and of running prefills; smaller is more urgent (see policy.py).
@@ -55,18 +74,28 @@ class Request:
         queue_s: seconds from arrival to the first admission.
         min_num_tokens: length from which an end token ends the request.
         max_num_tokens: length at which it ends in any case. The last token's KV is never needed.
+        drafting: how its tokens are drafted; None until they are.
         prompt_logprobs: by position; None where not asked for, or delivered already.
+        is_in_row: whether the worker knows that the request is in `row`.
+        send_kv_to: where its KV goes; num_ordered_tokens of it are ordered, or at the target already.
+        recv_kv_from: from where its KV comes; None again once it is there.
+        lease_until_s, admit_until_s: when it ends if it is not renewed, or not admitted.
     """
 
     __slots__ = (
+        "admit_until_s",
         "arrival_s",
         "deadline_s",
+        "drafting",
         "end_token_ids",
+        "is_in_row",
+        "lease_until_s",
         "max_num_tokens",
         "min_num_tokens",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_in_flight",
+        "num_ordered_tokens",
         "num_preemptions",
         "num_prompt_tokens",
         "num_tree_tokens",
@@ -75,11 +104,13 @@ class Request:
         "prompt_logprobs",
         "queue_s",
         "rank",
+        "recv_kv_from",
         "request_id",
         "row",
         "sample_index",
         "sampling_params",
         "seed",
+        "send_kv_to",
         "slots",
         "state",
         "token_ids",
@@ -106,11 +137,19 @@ class Request:
         self.min_num_tokens = self.num_prompt_tokens + params.min_new_tokens
         self.max_num_tokens = self.num_prompt_tokens + params.max_new_tokens
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None
-        if params.prompt_logprobs is not None and not message.output_token_ids:
+        is_first_to_compute = not message.output_token_ids and message.recv_kv_from is None
+        if params.prompt_logprobs is not None and is_first_to_compute:
             self.prompt_logprobs = [None] * self.num_prompt_tokens
+
+        self.send_kv_to: KVTarget | None = message.send_kv_to
+        self.recv_kv_from: KVSource | None = message.recv_kv_from
+        self.num_ordered_tokens = 0 if message.send_kv_to is None else message.send_kv_to.num_cached_tokens
+        self.lease_until_s = math.inf
+        self.admit_until_s = math.inf
 
         self.state = RequestState.WAITING
         self.row = -1
+        self.is_in_row = False
         self.slots = array("i")
         self.tree_node: Node | None = None
         self.num_tree_tokens = 0
@@ -120,6 +159,7 @@ class Request:
         self.num_cached_tokens = 0
         self.queue_s = 0.0
         self.num_preemptions = 0
+        self.drafting: Drafting | None = None
 
     @property
     def num_remaining_tokens(self) -> int:
@@ -135,6 +175,11 @@ class Request:
     def is_prompt_computed(self) -> bool:
         """Whether later steps may use the KV of the whole prompt."""
         return self.num_computed_tokens >= self.num_prompt_tokens
+
+    @property
+    def expiry_s(self) -> float:
+        """When the request ends by itself if nothing happens."""
+        return min(self.deadline_s, self.lease_until_s, self.admit_until_s)
 
     @property
     def max_cached_tokens(self) -> int:
@@ -174,6 +219,40 @@ class Request:
             sample_index=self.sample_index,
         )
 
+    def token_output(
+        self, new_token_ids: list[int], logprobs: list[TokenLogprobs] | None, reason: str | None
+    ) -> RequestOutput:
+        """What a step brought; with a reason the last output. There may be more logprobs than tokens."""
+        return RequestOutput(
+            request_id=self.request_id,
+            new_token_ids=new_token_ids,
+            logprobs=logprobs and logprobs[: len(new_token_ids)],
+            prompt_logprobs=self.take_prompt_logprobs() if self.prompt_logprobs else None,
+            finish_reason=reason,
+            num_cached_tokens=self.num_cached_tokens,
+            queue_s=self.queue_s,
+        )
+
+    def continuation(self) -> EngineRequest:
+        """The rest of this request as a new one, whose tokens will be those that this one would have had."""
+        return EngineRequest(
+            request_id=self.request_id,
+            prompt_token_ids=self.token_ids[: self.num_prompt_tokens].tolist(),
+            output_token_ids=self.token_ids[self.num_prompt_tokens :].tolist(),
+            sampling_params=msgspec.structs.replace(self.sampling_params, seed=self.seed),
+            sample_index=self.sample_index,
+            priority=self.priority,
+            arrival_s=self.arrival_s,
+            deadline_s=None if self.deadline_s == math.inf else self.deadline_s,
+        )
+
+    def transfer_output(self, failure: KVFailure | None) -> RequestOutput:
+        """The last output of a request that ends with its transfer."""
+        if failure is None:
+            return self.final_output("handed_over")
+        error = RequestFailure(code="kv_transfer_failed", message=failure.reason)
+        return self.final_output("error", error)
+
     def final_output(self, reason: str, error: RequestFailure | None = None) -> RequestOutput:
         """The last output, when the end comes from elsewhere than a sampled token."""
         return RequestOutput(
@@ -186,17 +265,24 @@ class Request:
     def check_integrity(self, *, is_prefilling: bool, is_decoding: bool) -> None:
         """Check the numbers of a live request against each other and against the list that it is in."""
         name, num_slots, num_computed = self.request_id, len(self.slots), self.num_computed_tokens
-        is_running = self.state is RequestState.RUNNING
-        assert num_computed == num_slots, f"{name}: {num_computed} computed tokens in {num_slots} slots"
+        state, num_known = self.state, len(self.token_ids)
+        num_valid = num_slots if state is not RequestState.RECEIVING_KV else self.num_tree_tokens
+        assert num_computed == num_valid, f"{name}: {num_computed} computed tokens in {num_slots} slots"
         assert 0 <= self.num_tree_tokens <= num_slots, f"{name}: {self.num_tree_tokens} tokens in the tree"
         assert 0 <= self.num_unsent_slots <= num_slots, f"{name}: {self.num_unsent_slots} slots are unsent"
-        assert is_running == (is_prefilling != is_decoding), f"{name} is {self.state}, but in another list"
-        assert is_running or self.state is RequestState.WAITING, f"{name} is alive and {self.state}"
+        is_running = state is RequestState.RUNNING
+        assert is_running == (is_prefilling != is_decoding), f"{name} is {state}, but in another list"
+        assert state is not RequestState.FINISHED, f"{name} is alive and {state}"
         if is_prefilling:
             assert self.num_remaining_tokens > 0, f"{name} has nothing to prefill"
             assert not self.num_in_flight, f"{name} prefills behind {self.num_in_flight} tokens in flight"
         elif is_decoding:
             num_left = self.num_remaining_tokens + self.num_in_flight
             assert num_left == 1, f"{name} decodes with {num_left} tokens left"
+        elif state is RequestState.RECEIVING_KV:
+            assert num_slots == num_known, f"{name} receives {num_known} tokens into {num_slots} slots"
+        elif state is RequestState.SENDING_KV:
+            num_ordered = self.num_ordered_tokens
+            assert num_ordered == num_slots, f"{name} sends {num_ordered} tokens from {num_slots} slots"
         else:
             assert not num_slots, f"{name} waits with {num_slots} slots"

@@ -5,70 +5,40 @@
 A step is one number per request: how many of its tokens are computed now. Steps are executed strictly in the
 order of schedule(), and update() may lag behind by any number of them; therefore whatever a scheduled step
 writes counts as there for every later one, and slots or rows that are given up can be handed out at once.
+Only slots that a KV transport may still touch stay with their request until it reports (see transfers.py).
 Knows no torch, no threads and no clock (times are arguments, Unix seconds). Runs in the engine process.
 """
 
 from __future__ import annotations
 
-import heapq
 import math
 import random
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from operator import attrgetter
-from typing import NamedTuple
 
-import msgspec
-
-from lightllm.errors import ConfigError
 from lightllm.messages import (
     EngineRequest,
     EngineStats,
+    KVArrival,
+    KVReserved,
     RequestFailure,
     RequestOutput,
     ScheduledBatch,
     StepOutput,
 )
-from lightllm.scheduler.batch import BatchColumns
+from lightllm.scheduler.admission import expiry, make_request, refusal
+from lightllm.scheduler.batch import BatchColumns, Step
 from lightllm.scheduler.cache import NullPrefixCache, PrefixCache
+from lightllm.scheduler.config import SchedulerConfig, check_config
+from lightllm.scheduler.counters import Counters
+from lightllm.scheduler.drafting import Drafter
 from lightllm.scheduler.policy import POLICIES, WaitingQueue, urgency
 from lightllm.scheduler.request import Request, RequestState
+from lightllm.scheduler.rows import Rows
+from lightllm.scheduler.transfers import Transfers
 
 _RANK = attrgetter("rank")
-
-
-class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """Limits and switches.
-
-    Attributes:
-        num_slots: KV capacity in tokens (slots 1..num_slots).
-        max_running: rows of the worker's tables, that is, requests that run at the same time.
-        batch_max_tokens: tokens computed in one step, over all requests.
-        chunked_prefill_size: tokens of one request computed in one step.
-        max_req_total_len: prompt + output of one request.
-        max_queued_requests: how many may wait beyond those for which rows are free.
-        eos_token_ids: the model's end tokens.
-        enable_chunked_prefill: off, a prompt is computed in one step or waits.
-    """
-
-    num_slots: int
-    max_running: int
-    batch_max_tokens: int
-    chunked_prefill_size: int
-    max_req_total_len: int
-    max_queued_requests: int = 1024
-    schedule_policy: str = "fcfs"
-    eos_token_ids: list[int] = []
-    enable_prefix_cache: bool = True
-    enable_chunked_prefill: bool = True
-
-
-class Step(NamedTuple):
-    """A scheduled step whose result is not here yet; `requests` are aligned with the batch's columns."""
-
-    batch: ScheduledBatch
-    requests: list[Request]
-    phase: str
 
 
 class Scheduler:
@@ -83,57 +53,64 @@ class Scheduler:
     """
 
     def __init__(self, config: SchedulerConfig, *, seed: int | None = None) -> None:
-        _check_config(config)
+        check_config(config)
         self._config = config
         self._cache = (PrefixCache if config.enable_prefix_cache else NullPrefixCache)(config.num_slots)
         self._queue = WaitingQueue(POLICIES[config.schedule_policy], self._cache)
-        self._max_total_len = min(config.max_req_total_len, config.num_slots)
-        self._max_chunk = (
-            config.chunked_prefill_size if config.enable_chunked_prefill else config.batch_max_tokens
-        )
+        self._drafter = Drafter(config.draft_ngram) if config.draft_ngram else None
         self._seeds = random.Random(seed)
         self._eos_token_ids = frozenset(config.eos_token_ids)
 
         # All live requests by id. A running one is in exactly one of the next two: _prefilling has known
-        # tokens to compute; _decoding has one more, whose value may still be in flight.
+        # tokens to compute; _decoding has one more, whose value may still be in flight. Those that only wait
+        # for a transfer are in _transfers.
         self._requests: dict[str, Request] = {}
         self._prefilling: dict[str, Request] = {}
         self._decoding: dict[str, Request] = {}
-        # Siblings that wait for the prompt of the request with this id.
-        self._siblings: dict[str, list[Request]] = {}
-        # Each running request can compute at least one token in every step, so that none starves in its row.
-        self._max_rows = min(config.max_running, config.batch_max_tokens)
-        self._free_rows = list(range(self._max_rows))
-        self._rows_to_announce: set[int] = set()
+        self._transfers = Transfers()
+        # Received since the last step: they decode, but the worker does not know them yet.
+        self._received: list[Request] = []
+        self._rows = Rows(config.max_rows)
         self._steps: deque[Step] = deque()
-        # A lower bound: no live request's deadline is earlier.
-        self._next_deadline_s = math.inf
+        # A lower bound: no live request ends by itself earlier.
+        self._next_expiry_s = math.inf
+        self._now_s = 0.0
 
         self._num_added = 0
         self._num_scheduled_steps = 0
-        self._num_preemptions = 0
-        self._num_prompt_tokens = 0
-        self._num_cached_tokens = 0
-        self._num_generated_tokens = 0
-        self._num_steps = 0
-        self._num_committed_tokens = 0
-        self._last_step = (0.0, 0, 0, "idle")
+        self._counters = Counters()
 
     # ------------------------------------------------------------ the outside: requests come and go
 
     @property
     def has_work(self) -> bool:
-        """Whether any request is alive or any step's result is to come."""
-        return bool(self._requests or self._steps)
+        """Whether any request or transfer is alive or any step's result is to come."""
+        return bool(self._requests or self._steps or self._transfers.live)
 
     @property
-    def num_in_flight_steps(self) -> int:
-        """Steps scheduled whose results are not here yet."""
-        return len(self._steps)
+    def is_only_transferring(self) -> bool:
+        """Whether nothing is to be computed until a transfer ends or a message comes."""
+        return bool(self._transfers.live) and not (self._prefilling or self._decoding)
 
-    def request_ids(self) -> list[str]:
-        """All live requests."""
-        return list(self._requests)
+    @property
+    def is_transferring(self) -> bool:
+        """Whether a transport may touch slots."""
+        return bool(self._transfers.live)
+
+    @property
+    def requests(self) -> Mapping[str, Request]:
+        """All live requests by id."""
+        return self._requests
+
+    def suspects(self) -> list[str]:
+        """Live requests of the oldest step in flight."""
+        return [r.request_id for r in self._steps[0].requests if r.request_id in self._requests]
+
+    def successor(self) -> Scheduler:
+        """An empty scheduler that goes on counting where this one is, which is not to be used any more."""
+        other = Scheduler(self._config)
+        other._counters, other._num_scheduled_steps = self._counters, self._num_scheduled_steps
+        return other
 
     def add(self, message: EngineRequest, now_s: float) -> RequestOutput | None:
         """Accept a request; it will end in exactly one output with a finish_reason.
@@ -141,6 +118,7 @@ class Scheduler:
         Returns:
             That output at once if the request is refused, or has nothing left to generate; else None.
         """
+        self._now_s = now_s
         failure = self._refusal(message)
         if failure is not None:
             return RequestOutput(request_id=message.request_id, finish_reason="error", error=failure)
@@ -149,40 +127,38 @@ class Scheduler:
         if reason is not None:
             return request.final_output(reason)
         self._requests[request.request_id] = request
-        self._next_deadline_s = min(self._next_deadline_s, request.deadline_s)
+        self._next_expiry_s = min(self._next_expiry_s, request.expiry_s)
         leader = self._requests.get(message.after_request_id or "")
         if leader is None or leader.is_prompt_computed:
-            self._queue.push(request)
+            self._enqueue(request)
         else:
-            self._siblings.setdefault(leader.request_id, []).append(request)
+            self._queue.hold(request, leader)
         return None
 
     def abort(self, request_id: str, reason: str) -> RequestOutput | None:
-        """End a request at once; tokens that are in flight for it are dropped.
-
-        Returns:
-            Its final output with `reason` as finish_reason; None if there is no such request.
-        """
+        """End a request at once; what is in flight for it is dropped. None if there is no such request."""
         request = self._requests.get(request_id)
         if request is None:
             return None
         self._finish(request)
         return request.final_output(reason)
 
+    def renew(self, request_ids: list[str], now_s: float) -> None:
+        """Extend the leases of these requests; unknown ones and those without a lease are passed over."""
+        for request in filter(None, map(self._requests.get, request_ids)):
+            if request.lease_until_s < math.inf:
+                request.lease_until_s = now_s + self._config.kv_lease_s
+
     def expire(self, now_s: float) -> list[RequestOutput]:
-        """End all requests whose deadline has passed; costs nothing while there are none."""
-        if now_s < self._next_deadline_s:
+        """End all requests whose deadline, lease or time to be admitted has passed; costs nothing else."""
+        if now_s < self._next_expiry_s:
             return []
         outputs = []
-        for request in [r for r in self._requests.values() if r.deadline_s <= now_s]:
-            text = (
-                f"the deadline passed {now_s - request.arrival_s:.1f} s after arrival with "
-                f"{request.num_output_tokens} of at most {request.sampling_params.max_new_tokens} tokens "
-                "made; allow more time or ask for fewer tokens"
-            )
+        for request in [r for r in self._requests.values() if r.expiry_s <= now_s]:
+            failure = expiry(request, now_s, lease_s=self._config.kv_lease_s)
             self._finish(request)
-            outputs.append(request.final_output("error", RequestFailure(code="deadline", message=text)))
-        self._next_deadline_s = min((r.deadline_s for r in self._requests.values()), default=math.inf)
+            outputs.append(request.final_output("error", failure))
+        self._next_expiry_s = min((r.expiry_s for r in self._requests.values()), default=math.inf)
         return outputs
 
     # ------------------------------------------------------------ one step: out and back
@@ -190,24 +166,31 @@ class Scheduler:
     def schedule(self, now_s: float) -> ScheduledBatch | None:
         """Compose the next step: all decodes, then chunks of running prefills, then new requests.
 
-        Requests past their deadline are not admitted any more; `expire` ends them.
-
         Returns:
-            The batch, which must be executed in this order; None if there is nothing to compute now.
+            The batch, which must be executed in this order; None if there is nothing to do now. One without
+            rows carries orders for transfers, or asks after them when no other step would.
         """
+        self._now_s = now_s
         batch = BatchColumns(self._config.batch_max_tokens)
-        num_preemptions = self._num_preemptions
-        decodes = self._preempt_if_full()
-        self._add_decodes(batch, decodes)
+        num_preemptions = self._counters.num_preemptions
+        decodes, drafts = self._preempt_if_full(), list[int]()
+        if self._drafter is not None:
+            room = min(self._config.max_chunk, batch.num_tokens_left, self._cache.num_available) - 1
+            decodes, drafts = self._drafter.choose(decodes, is_alone=len(self._requests) == 1, room=room)
+        self._introduce_received(batch)
+        self._add_decodes(batch, decodes, drafts)
         for request in sorted(self._prefilling.values(), key=_RANK):
             self._add_chunk(batch, request)
-        if self._num_preemptions == num_preemptions:
+        if self._counters.num_preemptions == num_preemptions:
             self._admit(batch, now_s)
-        if not batch.requests:
+        is_asking = bool(self._transfers.live) and not self._steps
+        if not (batch.requests or self._transfers.has_orders or is_asking):
             return None
         prefills = batch.requests[len(decodes) :]
         for request in prefills:
             self._cache.share(request)
+            if request.send_kv_to is not None:
+                self._transfers.ship(request)
             if request.is_prompt_computed:
                 self._release_siblings(request)
         return self._emit(batch, "decode" if not prefills else "mixed" if decodes else "prefill")
@@ -216,15 +199,17 @@ class Scheduler:
         """Take over the result of the oldest scheduled step.
 
         Returns:
-            One output for each request that got a token; tokens of requests that have ended are dropped.
+            One output for each request that got a token, and for each that ends with its transfer; tokens of
+            requests that have ended are dropped.
         """
         batch, requests, phase = self._steps.popleft()
         assert output.step_id == batch.step_id, f"result of step {output.step_id}, expected {batch.step_id}"
-        self._num_steps += 1
-        self._last_step = (output.duration_s, len(requests), sum(batch.num_new_tokens), phase)
+        self._counters.note_step(batch, output, phase)
+        if self._drafter is not None:
+            self._drafter.note(output, sum(batch.num_new_tokens))
         for index, entries in output.prompt_logprobs.items():
             requests[index].add_prompt_logprobs(batch.starts[index], entries)
-        finished, waiting = RequestState.FINISHED, RequestState.WAITING
+        finished, running = RequestState.FINISHED, RequestState.RUNNING
         logprobs = output.logprobs
         outputs: list[RequestOutput] = []
         for index, (request, is_sampling, new_token_ids) in enumerate(
@@ -232,111 +217,118 @@ class Scheduler:
         ):
             if not is_sampling or request.state is finished:
                 continue
-            (token_id,) = new_token_ids
-            request.token_ids.append(token_id)
-            request.num_in_flight -= 1
+            if index in batch.drafts:
+                new_token_ids = self._settle_drafts(request, new_token_ids, output.duration_s)
+            else:
+                (token_id,) = new_token_ids
+                request.token_ids.append(token_id)
+                request.num_in_flight -= 1
+            self._counters.num_generated_tokens += len(new_token_ids)
             reason = request.finish_reason()
-            outputs.append(
-                RequestOutput(
-                    request_id=request.request_id,
-                    new_token_ids=new_token_ids,
-                    logprobs=logprobs.get(index) if logprobs else None,
-                    prompt_logprobs=request.take_prompt_logprobs() if request.prompt_logprobs else None,
-                    finish_reason=reason,
-                    num_cached_tokens=request.num_cached_tokens,
-                    queue_s=request.queue_s,
-                )
-            )
+            outputs.append(request.token_output(new_token_ids, logprobs.get(index), reason))
             if reason is not None:
                 self._finish(request)
-            elif request.state is waiting and not request.num_in_flight:
-                self._queue.push(request)  # preempted while this token was in flight
-        self._num_generated_tokens += len(outputs)
+            elif request.state is not running and not request.num_in_flight:
+                self._go_on_elsewhere(request)
+        if self._transfers.live:
+            outputs += self._take_transfers(output)
         return outputs
+
+    def _settle_drafts(self, request: Request, token_ids: list[int], duration_s: float) -> list[int]:
+        """Take what a step with drafts brought; returns the tokens that the request has taken."""
+        assert self._drafter is not None
+        taken = self._drafter.settle(request, token_ids, duration_s)
+        if request.state is RequestState.RUNNING:
+            # Behind the last token whose successor is known nothing is computed as it should be.
+            surplus = request.num_computed_tokens - len(request.token_ids) + 1
+            self._cache.shrink(request, surplus)
+            request.num_computed_tokens -= surplus
+        return taken
 
     # ------------------------------------------------------------ adding
 
     def _refusal(self, message: EngineRequest) -> RequestFailure | None:
         """Why a request cannot be accepted; None if it can."""
-        num_prompt, num_new = len(message.prompt_token_ids), message.sampling_params.max_new_tokens
-        max_waiting = self._config.max_queued_requests + len(self._free_rows)
-        if message.request_id in self._requests:
-            return RequestFailure(
-                code="internal", message=f"request id {message.request_id} is in use already"
-            )
-        if message.grammar or message.send_kv_to or message.recv_kv_from:
-            text = "constrained output and KV transfer are not implemented in this version"
-            return RequestFailure(code="not_supported", message=text)
-        if not message.prompt_token_ids:
-            return RequestFailure(code="out_of_range", message="the prompt is empty; send at least one token")
-        if num_prompt + num_new > self._max_total_len:
-            text = (
-                f"prompt has {num_prompt} tokens and max_new_tokens is {num_new}, together "
-                f"{num_prompt + num_new}; the limit is {self._max_total_len}; shorten the prompt or lower "
-                "max_new_tokens"
-            )
-            return RequestFailure(code="context_length_exceeded", message=text)
-        if self._num_waiting >= max_waiting:
-            text = (
-                f"{self._num_waiting} requests are waiting already, the limit is {max_waiting}; "
-                "try again later or raise --max_queued_requests"
-            )
-            return RequestFailure(code="queue_full", message=text)
-        return None
+        request_id = message.request_id
+        if request_id in self._requests or request_id in self._transfers.live:
+            return RequestFailure(code="internal", message=f"request id {request_id} is in use already")
+        return refusal(
+            message,
+            max_total_len=self._config.max_total_len,
+            num_waiting=self._num_waiting,
+            max_waiting=self._config.max_queued_requests + self._rows.num_free,
+        )
 
     def _make_request(self, message: EngineRequest, now_s: float) -> Request:
-        params = message.sampling_params
-        end_token_ids = frozenset() if params.ignore_eos else self._eos_token_ids
-        if params.stop_token_ids:
-            end_token_ids = end_token_ids.union(params.stop_token_ids)
-        request = Request(
-            message,
-            # A clock that is ahead somewhere else must not push a request to the end of the queue.
-            arrival_s=min(message.arrival_s, now_s) if message.arrival_s else now_s,
-            seed=self._seeds.getrandbits(63) if params.seed is None else params.seed,
-            end_token_ids=end_token_ids,
-        )
+        seed = message.sampling_params.seed
+        seed = self._seeds.getrandbits(63) if seed is None else seed
+        request = make_request(message, now_s, seed=seed, eos_token_ids=self._eos_token_ids)
         self._num_added += 1
         request.rank = (urgency(request), self._num_added)
+        if request.send_kv_to is not None or request.recv_kv_from is not None:
+            request.lease_until_s = now_s + self._config.kv_lease_s
         return request
+
+    def _enqueue(self, request: Request) -> None:
+        if request.recv_kv_from is not None:
+            request.admit_until_s = self._now_s + self._config.kv_admission_s
+            self._next_expiry_s = min(self._next_expiry_s, request.admit_until_s)
+        self._queue.push(request)
 
     # ------------------------------------------------------------ composing a step
 
     def _preempt_if_full(self) -> list[Request]:
         """Make sure that every running request can get a slot now, at the cost of the least urgent ones.
 
-        The most urgent one is never preempted, so it finishes, then the next one: there is always progress.
-
-        Returns:
-            The decodes that can go on; the others wait for their last token.
+        The most urgent one is never preempted, so there is always progress. Neither are those that send KV:
+        what they need was reserved at admission, and only decodes have taken of it since. Returns the decodes
+        that can go on; the others wait for their last token.
         """
         while True:
             # A decode that computes position p samples the token at p + 1.
             ready = [r for r in self._decoding.values() if r.num_computed_tokens + 1 < r.max_num_tokens]
             if len(ready) + len(self._prefilling) <= self._cache.num_available:
                 return ready
-            self._preempt(max(self._running(), key=_RANK))
+            self._preempt(max((r for r in self._running() if r.send_kv_to is None), key=_RANK))
 
     def _preempt(self, request: Request) -> None:
         """Put a running request back into the queue; what it has computed stays cached if there is room."""
-        self._vacate(request)
+        self._leave(request)
+        self._cache.release(request)
         request.state = RequestState.WAITING
         request.num_preemptions += 1
-        self._num_preemptions += 1
+        self._counters.num_preemptions += 1
         if not request.num_in_flight:
             self._queue.push(request)  # else update() does
 
-    def _add_decodes(self, batch: BatchColumns, requests: list[Request]) -> None:
-        """Schedule one token of each: the one sampled by its last step, known here or not."""
-        batch.add_decodes(requests, self._cache.extend_each(requests))
+    def _introduce_received(self, batch: BatchColumns) -> None:
+        """Tell the worker of the requests whose KV has arrived, and which decode from now on."""
+        for request in self._received:
+            if request.state is RequestState.RUNNING and not request.is_in_row:
+                self._introduce(request, batch)
+        self._received.clear()
+
+    def _introduce(self, request: Request, batch: BatchColumns) -> None:
+        request.is_in_row = True
+        batch.new_requests.append(request.start_message(self._config.eos_token_ids))
+
+    def _add_decodes(self, batch: BatchColumns, requests: list[Request], drafts: list[int]) -> None:
+        """Schedule one token of each: the one sampled by its last step, known here or not; and the drafts
+        behind it of the one request that has some."""
+        count = 1 + len(drafts)
+        if drafts:
+            self._cache.extend(requests[0], count)
+            batch.add_drafted(requests[0], drafts)
+        else:
+            batch.add_decodes(requests, self._cache.extend_each(requests))
         for request in requests:
-            request.num_computed_tokens += 1
-            request.num_in_flight += 1
+            request.num_computed_tokens += count
+            request.num_in_flight += count
 
     def _add_chunk(self, batch: BatchColumns, request: Request) -> None:
         """Schedule as many of a running request's known tokens as the step allows; may be none."""
         num_remaining = request.num_remaining_tokens
-        count = min(num_remaining, self._max_chunk, batch.num_tokens_left, self._cache.num_available)
+        count = min(num_remaining, self._config.max_chunk, batch.num_tokens_left, self._cache.num_available)
         if not count:
             return
         self._cache.extend(request, count)
@@ -345,17 +337,22 @@ class Scheduler:
         if count == num_remaining:
             request.num_in_flight += 1
             del self._prefilling[request.request_id]
-            self._decoding[request.request_id] = request
+            if request.send_kv_to is None:
+                self._decoding[request.request_id] = request
+            else:
+                request.state = RequestState.SENDING_KV
+                self._transfers.sending[request.request_id] = request
 
     def _admit(self, batch: BatchColumns, now_s: float) -> None:
         """Start waiting requests, in order, while the step and the pool have room.
 
         There must be slots for all of a request's known tokens, not for its next chunk only, beside those
-        that running prefills still need and one for each running request: a prompt begun can be ended.
+        that running prefills still need and one for each running request: a prompt begun can be ended. Those
+        that receive their KV take all these slots at once.
         """
-        num_reserved = len(self._decoding) + len(self._prefilling)
+        num_reserved = len(self._decoding) + len(self._prefilling) + len(self._transfers.receiving)
         num_reserved += sum(request.num_remaining_tokens for request in self._prefilling.values())
-        while batch.num_tokens_left and self._free_rows and self._cache.num_available > num_reserved:
+        while batch.num_tokens_left and self._rows.num_free and self._cache.num_available > num_reserved:
             request = self._queue.peek()
             if request is None:
                 return
@@ -368,27 +365,30 @@ class Scheduler:
             if is_too_long or num_needed + num_reserved > self._cache.num_available:
                 self._cache.release(request)
                 return
-            self._start(self._queue.pop(), batch, now_s)
+            self._enter_row(self._queue.pop(), now_s)
+            num_reserved += 1
+            if request.recv_kv_from is not None:
+                self._cache.extend(request, num_needed)
+                self._transfers.expect(request)
+                continue
+            request.state = RequestState.RUNNING
+            self._prefilling[request.request_id] = request
+            self._introduce(request, batch)
             self._add_chunk(batch, request)
-            num_reserved += request.num_remaining_tokens + 1
+            num_reserved += request.num_remaining_tokens
 
-    def _start(self, request: Request, batch: BatchColumns, now_s: float) -> None:
-        """Give an acquired request a row."""
-        request.state = RequestState.RUNNING
-        request.row = heapq.heappop(self._free_rows)
-        self._prefilling[request.request_id] = request
-        self._num_committed_tokens += request.max_num_tokens
+    def _enter_row(self, request: Request, now_s: float) -> None:
+        """Give an acquired request a row, which the worker need not know yet."""
+        request.admit_until_s = math.inf
+        self._rows.enter(request)
         if not request.num_preemptions:
             request.queue_s = max(0.0, now_s - request.arrival_s)
             request.num_cached_tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
-            self._num_cached_tokens += request.num_cached_tokens
-            self._num_prompt_tokens += request.num_prompt_tokens
-        batch.new_requests.append(request.start_message(self._config.eos_token_ids))
+            self._counters.note_admission(request)
 
     def _emit(self, columns: BatchColumns, phase: str) -> ScheduledBatch:
-        self._rows_to_announce.difference_update(new.row for new in columns.new_requests)
-        batch = columns.finish(self._num_scheduled_steps, sorted(self._rows_to_announce))
-        self._rows_to_announce.clear()
+        freed_rows = self._rows.take_freed(columns.new_requests)
+        batch = columns.finish(self._num_scheduled_steps, freed_rows, self._transfers.take_orders())
         self._num_scheduled_steps += 1
         self._steps.append(Step(batch, columns.requests, phase))
         return batch
@@ -396,32 +396,79 @@ class Scheduler:
     # ------------------------------------------------------------ leaving
 
     def _finish(self, request: Request) -> None:
-        """Forget a live request; its row and slots are free for the next step."""
-        if request.state is RequestState.RUNNING:
-            self._vacate(request)
+        """Forget a live request; its row is free for the next step, and so are its slots.
+
+        Slots that a transport may touch are an exception: they are free once it has let go of them.
+        """
+        self._leave(request)
+        if request.request_id in self._transfers.live:
+            self._transfers.cancel(request)
+        elif request.state is not RequestState.WAITING:
+            self._cache.release(request)
         request.state = RequestState.FINISHED
         del self._requests[request.request_id]
         self._release_siblings(request)
 
-    def _vacate(self, request: Request) -> None:
-        """Take row and slots of a running request."""
-        self._cache.release(request)
+    def _leave(self, request: Request) -> None:
+        """Take a request out of its list and its row, whichever it is in."""
         self._prefilling.pop(request.request_id, None)
         self._decoding.pop(request.request_id, None)
-        self._num_committed_tokens -= request.max_num_tokens
-        self._rows_to_announce.add(request.row)
-        heapq.heappush(self._free_rows, request.row)
+        self._transfers.leave(request)
+        self._rows.leave(request)
+
+    def _go_on_elsewhere(self, request: Request) -> None:
+        """A request's last token in flight has come, and it does not decode here."""
+        if request.state is RequestState.SENDING_KV:
+            self._rows.leave(request)
+        else:
+            self._queue.push(request)  # preempted while this token was in flight
+
+    def _take_transfers(self, output: StepOutput) -> list[RequestOutput]:
+        """Take over which transfers have ended, after the tokens of the same step."""
+        outputs = []
+        for request, ending in self._transfers.end(output):
+            if request.state is RequestState.FINISHED:
+                self._cache.release(request)  # it ended before, and its slots are free only now
+            elif isinstance(ending, KVArrival):
+                outputs += self._begin_decoding(request, ending.first_token_id)
+            else:
+                self._finish(request)
+                outputs.append(request.transfer_output(ending))
+        return outputs
+
+    def _begin_decoding(self, request: Request, first_token_id: int) -> list[RequestOutput]:
+        """Go on behind a first token that the sender has made and its client has got from there."""
+        request.state = RequestState.RUNNING
+        request.recv_kv_from = None
+        request.num_computed_tokens = request.num_unsent_slots = len(request.slots)
+        self._cache.share(request)
+        request.token_ids.append(first_token_id)
+        self._decoding[request.request_id] = request
+        self._received.append(request)
+        self._release_siblings(request)
+        reason = request.finish_reason()
+        if reason is None:
+            return []
+        self._finish(request)
+        return [request.final_output(reason)]
 
     def _release_siblings(self, request: Request) -> None:
-        """Let those queue up who waited for the prompt of this request."""
-        for sibling in self._siblings.pop(request.request_id, ()):
-            self._queue.push(sibling)
+        for sibling in self._queue.take_held(request):
+            self._enqueue(sibling)
 
     # ------------------------------------------------------------ looking
 
+    def take_reservations(self) -> list[KVReserved]:
+        """Of which requests the masters must hear that KV may come, once the batch is submitted."""
+        return self._transfers.take_reservations()
+
     @property
     def _num_waiting(self) -> int:
-        return len(self._requests) - len(self._prefilling) - len(self._decoding)
+        return len(self._requests) - self._num_running
+
+    @property
+    def _num_running(self) -> int:
+        return len(self._prefilling) + len(self._decoding) + self._transfers.num_waiting
 
     def _running(self) -> Iterator[Request]:
         yield from self._prefilling.values()
@@ -429,56 +476,23 @@ class Scheduler:
 
     def stats(self) -> EngineStats:
         """Numbers for metrics and routing; O(1)."""
-        duration_s, batch_size, num_tokens, phase = self._last_step
         num_available, num_evictable = self._cache.num_available, self._cache.num_evictable
         return EngineStats(
-            requests_running=len(self._prefilling) + len(self._decoding),
+            requests_running=self._num_running,
             requests_waiting=self._num_waiting,
             kv_used_tokens=self._config.num_slots - num_available,
             kv_cached_tokens=num_evictable,
             kv_total_tokens=self._config.num_slots,
-            kv_committed_tokens=self._num_committed_tokens,
-            preemptions_total=self._num_preemptions,
-            prompt_tokens_total=self._num_prompt_tokens,
-            cached_tokens_total=self._num_cached_tokens,
-            generated_tokens_total=self._num_generated_tokens,
-            steps_total=self._num_steps,
-            step_duration_s=duration_s,
-            step_batch_size=batch_size,
-            step_num_tokens=num_tokens,
-            step_phase=phase,
+            kv_committed_tokens=self._rows.num_committed_tokens,
+            **self._counters.fields(),
         )
 
     def check_integrity(self) -> None:
-        """Check slots, locks, rows and states against each other; for tests and idle moments.
-
-        Raises:
-            AssertionError: with the numbers that differ.
-        """
-        running = list(self._running())
-        self._cache.check_integrity(running)
-        rows = sorted([*self._free_rows, *(request.row for request in running)])
-        assert rows == list(range(self._max_rows)), (
-            f"rows free or used are {rows}, expected 0..{self._max_rows - 1}"
-        )
-        committed = sum(request.max_num_tokens for request in running)
-        counter = self._num_committed_tokens
-        assert committed == counter, f"{committed} tokens are committed, counter says {counter}"
+        """Check slots, locks, rows and states against each other: an AssertionError has the numbers."""
+        self._transfers.check_integrity()
+        holders = {r.request_id: r for r in (*self._running(), *self._transfers.live.values())}
+        self._cache.check_integrity(holders.values())
+        self._rows.check_integrity(holders.values())
         for request in self._requests.values():
             is_prefilling, is_decoding = (request.request_id in d for d in (self._prefilling, self._decoding))
             request.check_integrity(is_prefilling=is_prefilling, is_decoding=is_decoding)
-
-
-def _check_config(config: SchedulerConfig) -> None:
-    for name in ("num_slots", "max_running", "batch_max_tokens", "chunked_prefill_size", "max_req_total_len"):
-        value = getattr(config, name)
-        if value < 1:
-            raise ConfigError(f"{name}: got {value}, at least 1 is needed")
-    if config.schedule_policy not in POLICIES:
-        raise ConfigError(f"schedule_policy: got {config.schedule_policy}, allowed {', '.join(POLICIES)}")
-    longest = min(config.max_req_total_len, config.num_slots)
-    if not config.enable_chunked_prefill and config.batch_max_tokens < longest:
-        raise ConfigError(
-            f"--batch_max_tokens {config.batch_max_tokens} with --disable_chunked_prefill: a request of "
-            f"{longest} tokens would wait for ever; raise it to --max_req_total_len"
-        )

@@ -19,12 +19,14 @@ from lightllm.engine.executor import Executor, InProcessExecutor
 from lightllm.engine.link import ZmqLink
 from lightllm.engine.process_executor import ProcessExecutor
 from lightllm.engine.stats import StatsLog
-from lightllm.errors import LightLLMError
+from lightllm.errors import ConfigError, LightLLMError
 from lightllm.logs import setup_logging
 from lightllm.messages import ChildConfig, ChildFailed, ChildProgress, ChildReady, EngineInfo, EngineStats
-from lightllm.scheduler.scheduler import Scheduler, SchedulerConfig
+from lightllm.scheduler.config import SchedulerConfig
+from lightllm.scheduler.scheduler import Scheduler
 from lightllm.server.child import Parent, settle_memory
-from lightllm.server.model_files import ModelDescription, describe_model, open_weights
+from lightllm.server.fingerprint import model_fingerprint, tokenizer_fingerprint
+from lightllm.server.model_files import ModelDescription, describe_model, open_weights, tokenizer_files
 from lightllm.server.other_machine import machine_record
 
 if TYPE_CHECKING:
@@ -91,6 +93,11 @@ def _make_executor(
     config: Config, child: ChildConfig, description: ModelDescription, parent: Parent
 ) -> Executor:
     """The worker in a thread of this process, or one process for each of several ranks."""
+    if config.moves_kv and config.parallel.tp > 1:
+        raise ConfigError(
+            f"--run_mode {config.server.run_mode} with --tp {config.parallel.tp}: KV between nodes of "
+            "several ranks is not implemented in this version; use --tp 1"
+        )
     if config.parallel.tp == 1:
         return InProcessExecutor(partial(_load_worker, config, description, parent))
     directory = Path(child.address.removeprefix("ipc://")).parent
@@ -103,7 +110,11 @@ def _load_worker(config: Config, description: ModelDescription, parent: Parent) 
     from lightllm.worker.worker import Worker  # torch is imported here and nowhere above
 
     source = open_weights(description)
-    return Worker.load(config, description.config, source, lambda *report: parent.send(_progress(*report)))
+    worker = Worker.load(config, description.config, source, lambda *report: parent.send(_progress(*report)))
+    if config.moves_kv:
+        hashes = model_fingerprint(description), tokenizer_fingerprint(tokenizer_files(config))
+        worker.open_kv_link(config, description.config, *hashes)
+    return worker
 
 
 def scheduler_config(config: Config, info: EngineInfo, eos_token_ids: list[int]) -> SchedulerConfig:
@@ -122,6 +133,7 @@ def scheduler_config(config: Config, info: EngineInfo, eos_token_ids: list[int])
         eos_token_ids=eos_token_ids,
         enable_prefix_cache=not config.engine.disable_dynamic_prompt_cache,
         enable_chunked_prefill=is_chunked,
+        draft_ngram=config.parallel.draft_ngram,
     )
 
 

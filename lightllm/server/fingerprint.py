@@ -1,4 +1,4 @@
-"""One short text for a model: equal on two machines if their files hold the same model.
+"""One short text for a model, one for a tokenizer: equal on two machines if their files hold the same.
 
 Over the dimensions and the index of weights (names, types, shapes, places), not over the bytes of weights, so
 that it costs nothing; where the files lie does not matter. Imports no torch.
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lightllm import messages
 from lightllm.errors import ModelLoadError
-from lightllm.server.model_files import ModelDescription
+from lightllm.server.model_files import ModelDescription, ModelFiles
 from lightllm.weights.gguf import GGUFReader
 
 MAX_HEADER_BYTES = 100_000_000
@@ -32,6 +32,27 @@ def model_fingerprint(description: ModelDescription) -> str:
     else:
         for file in sorted(path.glob("*.safetensors")):
             digest.update(file.name.encode() + _header(file))
+    return digest.hexdigest()[:16]
+
+
+def tokenizer_fingerprint(files: ModelFiles) -> str:
+    """Digest of a located tokenizer, 16 hexadecimal digits.
+
+    Raises:
+        ModelLoadError: a file of it cannot be read.
+    """
+    digest = hashlib.sha256()
+    if files.kind == "gguf":
+        for key, value in sorted(GGUFReader(files.path).metadata.items()):
+            if key.startswith("tokenizer.ggml."):
+                digest.update(repr((key, value)).encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()[:16]
+    for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt"):
+        path = files.path / name
+        try:
+            digest.update(path.read_bytes() if path.exists() else b"none")
+        except OSError as error:
+            raise ModelLoadError(f"{path}: cannot be read: {error}") from error
     return digest.hexdigest()[:16]
 
 

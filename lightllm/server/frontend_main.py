@@ -16,13 +16,14 @@ import uvloop
 
 from lightllm import __version__
 from lightllm.api.app import AppContext, create_app
+from lightllm.api.cluster_metrics import ClusterMetrics
 from lightllm.api.fields import sampling_defaults
 from lightllm.api.metrics import Metrics
+from lightllm.api.nodes import web_sockets
 from lightllm.api.protocol import uvicorn_config
 from lightllm.api.request_log import RequestLog
 from lightllm.config import Config, decode_config
 from lightllm.errors import LightLLMError
-from lightllm.frontend.engine_client import EngineClient
 from lightllm.frontend.generator import Generator
 from lightllm.logs import setup_logging
 from lightllm.messages import (
@@ -36,6 +37,7 @@ from lightllm.messages import (
     ToChild,
 )
 from lightllm.server.child import Parent, settle_memory
+from lightllm.server.frontend_roles import port_of, role_of
 from lightllm.server.model_files import describe_model, load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -71,16 +73,15 @@ class Frontend:
         self.child = child
         description = describe_model(config)
         tokenizer = load_tokenizer(config)
-        whole_tokens = config.engine.max_req_total_len if config.engine.disable_chunked_prefill else 0
-        max_step_tokens = max(config.engine.batch_max_tokens, whole_tokens)
-        self.engine = EngineClient(on_stats=self._on_stats, max_step_tokens=max_step_tokens)
-        self.metrics = Metrics(config.model.served_model_name[0], __version__, self.engine)
+        self.role = role_of(config)(config, description, self._on_stats)
+        engine = self.role.engine
+        self.metrics = Metrics(config.model.served_model_name[0], __version__, engine)
         timeout_s = config.server.request_timeout
-        self.generator = Generator(tokenizer, self.engine, request_timeout_s=timeout_s, observer=self.metrics)
+        self.generator = Generator(tokenizer, engine, request_timeout_s=timeout_s, observer=self.metrics)
         self.context = AppContext(
             config=config,
             tokenizer=tokenizer,
-            engine=self.engine,
+            engine=engine,
             generator=self.generator,
             metrics=self.metrics,
             model_names=list(config.model.served_model_name),
@@ -88,7 +89,8 @@ class Frontend:
             version=__version__,
             sampling_defaults=sampling_defaults(description.generation_config),
         )
-        self.server = uvicorn.Server(uvicorn_config(create_app(self.context), version=__version__))
+        app, links = create_app(self.context), web_sockets(self.role.cluster)
+        self.server = uvicorn.Server(uvicorn_config(app, version=__version__, web_sockets=links))
         self.tasks: set[asyncio.Task[None]] = set()
 
     async def serve(self) -> None:
@@ -98,10 +100,16 @@ class Frontend:
             lambda message: _call(loop, self._on_message, message), lambda: _call(loop, self._stop)
         )
         sockets = [socket.socket(fileno=fd) for fd in self.child.listen_fds]
+        self.role.start(port_of(sockets))
+        self.context.cluster, self.context.agent = self.role.cluster, self.role.agent
+        if self.role.cluster is not None:
+            router = self.role.cluster.router
+            self.context.requests.nodes_of = router.describe
+            self.metrics.registry.register(ClusterMetrics(self.metrics.model, router))
         settle_memory()
         self.parent.send(ChildReady())
         await self.server.serve(sockets)
-        self.engine.close()
+        await self.role.close()
 
     def _on_stats(self, stats: EngineStats) -> None:
         self.metrics.step(stats)
@@ -109,9 +117,9 @@ class Frontend:
     def _on_message(self, message: ToChild) -> None:
         match message:
             case EngineUp():
-                self.engine.connect(message)
+                self.role.engine_up(message)
             case EngineDown():
-                self.engine.disconnect(message)
+                self.role.engine_down(message)
             case Drain(timeout_s=timeout_s):
                 task = asyncio.get_running_loop().create_task(self._drain(timeout_s))
                 self.tasks.add(task)
@@ -120,9 +128,10 @@ class Frontend:
     async def _drain(self, timeout_s: float) -> None:
         """Let what runs finish, end the rest in an error, then stop."""
         self.context.is_draining = True
+        self.role.begin_drain()
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_s
-        while self.generator.num_live and loop.time() < deadline:  # noqa: ASYNC110 - once in a process's life
+        while (self.generator.num_live or self.role.num_live) and loop.time() < deadline:  # noqa: ASYNC110 - once in a process's life
             await asyncio.sleep(DRAIN_POLL_S)
         if self.generator.num_live:
             logger.warning("%d requests did not finish in %g s", self.generator.num_live, timeout_s)

@@ -13,13 +13,16 @@ import socket
 import sys
 import tempfile
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from lightllm.cli import format_error
+from lightllm.cluster_link import cluster_token
 from lightllm.config import FLAGS, Config
 from lightllm.errors import BindError
 from lightllm.messages import ChildProgress, EngineInfo
-from lightllm.server.supervisor import Supervisor
+from lightllm.server.advertise import bind_address, with_advertised_host
+from lightllm.server.supervisor import Processes, Supervisor
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -27,6 +30,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LISTEN_BACKLOG = 2048
+# Roles that differ from the ordinary frontend and engine.
+PROCESSES = MappingProxyType(
+    {
+        "pd_master": Processes(has_engine=False),
+        "config_server": Processes("lightllm.server.config_server_main", has_engine=False),
+    }
+)
 
 
 def launch(config: Config) -> int:
@@ -38,15 +48,21 @@ def launch(config: Config) -> int:
     raise_file_limit()
     if config.parallel.node_rank > 0:
         return run_workers_only(config)
-    listener = bind(config.server.host, config.server.port)
+    processes = PROCESSES.get(config.server.run_mode, Processes())
+    config = with_advertised_host(config)
+    if config.server.run_mode != "normal":
+        # Made, or refused, before all else.
+        cluster_token(config.security.cluster_token, config.environment.home)
+    listener = bind(*bind_address(config))
     directory = Path(tempfile.mkdtemp(prefix="lightllm-"))  # made with mode 0700
     display = ProgressDisplay()
 
-    def on_ready(info: EngineInfo) -> None:
+    def on_ready(info: EngineInfo | None) -> None:
         display.close()
         announce(config, listener, info)
 
-    supervisor = Supervisor(config, [listener], directory, child_environment(config), display.show, on_ready)
+    environment = child_environment(config)
+    supervisor = Supervisor(config, [listener], directory, environment, display.show, on_ready, processes)
     try:
         code = asyncio.run(supervisor.run())
     finally:
@@ -97,18 +113,19 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def announce(config: Config, listener: socket.socket, info: EngineInfo) -> None:
-    """Print the one ready line on stdout, and a command to try on stderr."""
+def announce(config: Config, listener: socket.socket, info: EngineInfo | None) -> None:
+    """Print the one ready line on stdout, and a command to try on stderr where there is something to try."""
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     url = f"http://{shown}:{port}"
-    print(
-        f"ready: {url} model={config.model.served_model_name[0]} mode={config.server.run_mode} "
-        f"device={info.device} kv_tokens={info.kv_total_tokens} load={info.load_s:.1f}",
-        flush=True,
-    )
-    if config.observability.log_format == "json":
-        return  # one event a line, nothing else
+    mode = config.server.run_mode
+    model = "" if mode == "config_server" else f" model={config.model.served_model_name[0]}"
+    engine = ""
+    if info is not None:
+        engine = f" device={info.device} kv_tokens={info.kv_total_tokens} load={info.load_s:.1f}"
+    print(f"ready: {url}{model} mode={mode}{engine}", flush=True)
+    if config.observability.log_format == "json" or mode not in ("normal", "pd_master"):
+        return  # one event a line, nothing else; or nothing that a client could ask
     reachable = url if host not in ("0.0.0.0", "::") else f"http://127.0.0.1:{port}"
     print(
         f"try:\n  curl {reachable}/generate -H 'Content-Type: application/json' \\\n"

@@ -310,13 +310,18 @@ def load_tokenizer(config: Config) -> "Tokenizer":
 
     section = config.model
     template = read_template_file(Path(section.chat_template)) if section.chat_template else None
+    return open_tokenizer(tokenizer_files(config), mode=section.tokenizer_mode, chat_template=template)
+
+
+def tokenizer_files(config: Config) -> ModelFiles:
+    """Where the tokenizer that the flags name is found; raises as `load_tokenizer`."""
+    section = config.model
     if section.tokenizer_dir:
-        files = locate_tokenizer(section.tokenizer_dir)
-    else:
-        files = locate_model(section.model_dir, section.load_format)
-        if section.load_format == "dummy" and files.kind == "hf" and not _has_tokenizer(files.path):
-            files = _embedded_model()
-    return open_tokenizer(files, mode=section.tokenizer_mode, chat_template=template)
+        return locate_tokenizer(section.tokenizer_dir)
+    files = locate_model(section.model_dir, section.load_format)
+    if section.load_format == "dummy" and files.kind == "hf" and not _has_tokenizer(files.path):
+        return _embedded_model()
+    return files
 
 
 def locate_tokenizer(tokenizer_dir: str) -> ModelFiles:

@@ -42,6 +42,14 @@ BACK_OFF_S = 0.25
 EXIT_GRACE_S = 5.0
 
 
+@dataclass(frozen=True)
+class Processes:
+    """The children of a role: the module of its frontend, and whether it has an engine."""
+
+    frontend: str = "lightllm.server.frontend_main"
+    has_engine: bool = True
+
+
 @dataclass
 class Child:
     """A process of the node. `epoch` counts its lives."""
@@ -87,7 +95,8 @@ class Supervisor:
         directory: private directory (mode 0700) for the ipc addresses.
         environment: of the children.
         on_progress: told how far loading is.
-        on_ready: called once, when the node first answers requests.
+        on_ready: called once, when the node first answers requests; with what its engine is, if it has one.
+        processes: which children the role has.
     """
 
     def __init__(
@@ -97,7 +106,8 @@ class Supervisor:
         directory: Path,
         environment: dict[str, str],
         on_progress: Callable[[ChildProgress], None],
-        on_ready: Callable[[EngineInfo], None],
+        on_ready: Callable[[EngineInfo | None], None],
+        processes: Processes = Processes(),
     ) -> None:
         self.config = config
         self.sockets = sockets
@@ -106,7 +116,8 @@ class Supervisor:
         self.on_progress = on_progress
         self.on_ready = on_ready
         self.engine = Child("engine", "lightllm.server.engine_main")
-        self.frontend = Child("frontend", "lightllm.server.frontend_main")
+        self.frontend = Child("frontend", processes.frontend)
+        self.children = (self.frontend, self.engine) if processes.has_engine else (self.frontend,)
         self.engine_up: EngineUp | None = None
         self.was_ready = False
         self.start_up_error: LightLLMError | None = None
@@ -119,13 +130,13 @@ class Supervisor:
         self._exit_code = loop.create_future()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
-        keepers = [asyncio.create_task(self._keep(child)) for child in (self.engine, self.frontend)]
+        keepers = [asyncio.create_task(self._keep(child)) for child in self.children]
         code = await self._exit_code
         self._stopping.set()
-        for child in (self.frontend, self.engine):
+        for child in self.children:
             child.stop()
         _, late = await asyncio.wait(keepers, timeout=EXIT_GRACE_S)
-        for child in (self.frontend, self.engine):
+        for child in self.children:
             child.kill()
         if late:
             await asyncio.wait(late)
@@ -204,9 +215,9 @@ class Supervisor:
                         info=info,
                     )
                     self.frontend.send(self.engine_up)
-                if self.engine_up is not None and self.frontend.is_ready and not self.was_ready:
+                if all(child.is_ready for child in self.children) and not self.was_ready:
                     self.was_ready = True
-                    self.on_ready(self.engine_up.info)
+                    self.on_ready(self.engine_up.info if self.engine_up is not None else None)
 
     def _engine_died(self, will_restart: bool) -> None:
         self.engine_up = None
@@ -230,7 +241,7 @@ class Supervisor:
 
     def _on_signal(self) -> None:
         if self._stopping.is_set() or not self.was_ready:
-            for child in (self.frontend, self.engine):
+            for child in self.children:
                 child.kill()
             self._finish(1 if self._stopping.is_set() else 0)
             self._stopping.set()

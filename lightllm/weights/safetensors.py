@@ -37,7 +37,7 @@ _OTHER_PREFIXES = (
 
 
 class SafetensorsSource:
-    """A `WeightSource` over the safetensors files of a folder. Every thread opens its own handles.
+    """A `WeightSource` over the safetensors files of a folder. Every thread reads headers by its own handles.
 
     Raises:
         ModelLoadError: no such files, a shard is missing or damaged, or shards and index disagree.
@@ -90,9 +90,13 @@ class SafetensorsSource:
         return self._read(name, lambda handle, stored: handle.get_slice(stored)[place])
 
     def _read(self, name: str, get: Callable[[Any, str], torch.Tensor]) -> torch.Tensor:
+        """Read through a mapping of the file that goes when the tensor does.
+
+        A file that stayed mapped would count as memory of the process, page by page as it is read.
+        """
         file, stored = self._find(name)
         try:
-            tensor = get(self._open(file), stored)
+            tensor = get(_open_file(self.folder / file), stored)
         except (SafetensorError, OSError, RuntimeError) as error:
             raise ModelLoadError(f"{self.folder / file}: tensor {stored} cannot be read: {error}") from error
         if tensor.dtype not in DTYPES:
@@ -118,14 +122,17 @@ class SafetensorsSource:
     def _open(self, file: str) -> Any:
         handles = self._handles.__dict__
         if file not in handles:
-            path = self.folder / file
-            try:
-                handles[file] = safe_open(path, framework="pt")
-            except FileNotFoundError as error:
-                raise ModelLoadError(f"{path}: no such file; the checkpoint is incomplete") from error
-            except (SafetensorError, OSError) as error:
-                raise ModelLoadError(f"{path}: damaged or truncated safetensors file: {error}") from error
+            handles[file] = _open_file(self.folder / file)
         return handles[file]
+
+
+def _open_file(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError as error:
+        raise ModelLoadError(f"{path}: no such file; the checkpoint is incomplete") from error
+    except (SafetensorError, OSError) as error:
+        raise ModelLoadError(f"{path}: damaged or truncated safetensors file: {error}") from error
 
 
 def _slice(part: range) -> slice:

@@ -5,7 +5,7 @@ ScheduledBatch carries; sampled tokens are written where the next step will read
 schedule that step before it knows them. Runs in the worker, on the device.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -60,6 +60,9 @@ class RowTables:
         if batch.slots:
             rows, positions = ranges(batch.rows, batch.slot_starts, batch.slot_counts)
             self.slots[rows, positions] = batch.slots
+        for i, drafts in batch.drafts.items():
+            start = batch.starts[i] + 1
+            self.token_ids[batch.rows[i], start : start + len(drafts)] = drafts
 
     def inputs(self, batch: ScheduledBatch) -> StepInputs:
         """Gather the inputs of a batch that has been applied."""
@@ -92,6 +95,31 @@ def row_state(new: NewRequest) -> RowState:
         seed=new.seed,
         sample_index=new.sample_index,
     )
+
+
+def split_drafts(batch: ScheduledBatch, inputs: StepInputs) -> tuple[StepInputs, np.ndarray]:
+    """Make a sequence of its own of every position of a request with drafts.
+
+    Each then attends as a decode of its length does, to the keys that the step writes before it too: sums are
+    in the same order with drafts and without, so that tokens are the same as well.
+
+    Returns:
+        The inputs, and for each of their sequences the index of its request in the batch.
+    """
+    owners = np.arange(len(batch.rows))
+    if not batch.drafts:
+        return inputs, owners
+    counts = np.array([len(batch.drafts.get(i, ())) + 1 for i in range(len(batch.rows))])
+    owners = owners.repeat(counts)
+    # Of n sequences of a request the first ends n - 1 tokens before the last.
+    before_last = counts.cumsum()[owners] - 1 - np.arange(len(owners))
+    split = replace(
+        inputs,
+        rows=inputs.rows[owners],
+        seq_lens=inputs.seq_lens[owners] - before_last,
+        query_lens=np.where(counts > 1, 1, inputs.query_lens)[owners],
+    )
+    return split, owners
 
 
 def ranges(rows: list[int], starts: list[int], counts: list[int]) -> tuple[np.ndarray, np.ndarray]:

@@ -20,7 +20,7 @@ from lightllm.device.forward_batch import ForwardBatch
 from lightllm.device.kv_pool import KVPool
 from lightllm.messages import ScheduledBatch, StepOutput, TokenLogprobs
 from lightllm.models.base import Model
-from lightllm.worker.inputs import RowTables, StepInputs
+from lightllm.worker.inputs import RowTables, StepInputs, split_drafts
 from lightllm.worker.sampler import RowState, SamplingRow
 from lightllm.worker.token_choice import OwnChoice, TokenChoice
 
@@ -87,8 +87,9 @@ class ModelRunner(Runner):
         if not batch.rows:
             return StepOutput(step_id=batch.step_id, token_ids=[])
         inputs = self.tables.inputs(batch)
-        hidden = forward(self.model, self.backend, self.kv_pool, inputs, self.tables.slots)
-        token_ids, logprobs = self._sample(batch, inputs, hidden)
+        sequences, owners = split_drafts(batch, inputs)
+        hidden = forward(self.model, self.backend, self.kv_pool, sequences, self.tables.slots)
+        token_ids, logprobs = self._sample(batch, sequences, owners, hidden)
         prompt_logprobs = prompt_logprobs_of(batch, inputs, hidden, self.model, self.tables, self.choice)
         return StepOutput(
             step_id=batch.step_id,
@@ -99,22 +100,30 @@ class ModelRunner(Runner):
         )
 
     def _sample(
-        self, batch: ScheduledBatch, inputs: StepInputs, hidden: Tensor
+        self, batch: ScheduledBatch, sequences: StepInputs, owners: np.ndarray, hidden: Tensor
     ) -> tuple[list[list[int]], dict[int, list[TokenLogprobs]]]:
-        sampling = [i for i, is_sampling in enumerate(batch.is_sampling) if is_sampling]
         token_ids: list[list[int]] = [[] for _ in batch.rows]
-        if not sampling:
-            return token_ids, {}
-        last = inputs.query_lens.cumsum()[sampling] - 1
+        logprobs: dict[int, list[TokenLogprobs]] = {}
+        if not any(batch.is_sampling):
+            return token_ids, logprobs
+        sampling = np.flatnonzero(np.array(batch.is_sampling)[owners])
+        last = sequences.query_lens.cumsum()[sampling] - 1
         logits = self.model.logits(hidden[torch.from_numpy(last)])  # [n, vocab]
-        rows, lengths = inputs.rows[sampling], inputs.seq_lens[sampling]
+        rows, lengths = sequences.rows[sampling], sequences.seq_lens[sampling]
         sampled = self.choice.choose(
             logits, [self._sampling_row(row, n) for row, n in zip(rows, lengths, strict=True)]
         )
+        # Behind a refuted draft this writes nonsense, which a later step writes over before it reads there.
         self.tables.append(rows, lengths, sampled.token_ids)
-        for i, token_id in zip(sampling, sampled.token_ids.tolist(), strict=True):
-            token_ids[i].append(token_id)
-        return token_ids, {sampling[j]: [entry] for j, entry in sampled.logprobs.items()}
+        for j, token_id in enumerate(sampled.token_ids.tolist()):
+            i = int(owners[sampling[j]])
+            taken = token_ids[i]
+            if taken and taken[-1] != batch.drafts[i][len(taken) - 1]:
+                continue  # what was computed here follows a token that is not there
+            taken.append(token_id)
+            if j in sampled.logprobs:
+                logprobs.setdefault(i, []).append(sampled.logprobs[j])
+        return token_ids, logprobs
 
     def _sampling_row(self, row: int, num_tokens: int) -> SamplingRow:
         return SamplingRow(self._state(row), num_tokens, partial(self.tables.known_tokens, row, num_tokens))

@@ -28,8 +28,10 @@ from lightllm.models.base import Model
 from lightllm.native.library import NativeLibrary, NativeUnavailable
 from lightllm.weights.base import WeightSource
 from lightllm.worker.inputs import RowTables
+from lightllm.worker.kv_exchange import ExchangingRunner, open_kv_link
 from lightllm.worker.memory import graph_sizes, num_kv_slots, plan_memory
 from lightllm.worker.model_runner import LaunchedStep, ModelRunner, Runner
+from lightllm.worker.quantization import quantized
 from lightllm.worker.token_choice import make_choice
 
 logger = logging.getLogger(__name__)
@@ -42,7 +44,7 @@ class Worker:
     """One rank: model, KV pool and row tables."""
 
     def __init__(self, runner: Runner, info: EngineInfo) -> None:
-        self._runner = runner
+        self._runner = ExchangingRunner(runner)
         self._info = info
 
     @classmethod
@@ -65,7 +67,7 @@ class Worker:
         started = time.perf_counter()
         device = device or make_device(config.engine.device)
         parallel = parallel or Parallel()
-        dtype, reason = device.choose_dtype(config.model.dtype, model_config.dtype)
+        dtype, reason = _choose_dtype(config, model_config, device)
         logger.info("computing in %s: %s", _name(dtype), reason)
         device.prepare()
         backend, ops = _choose(config, model_config, dtype, device, parallel)
@@ -73,7 +75,7 @@ class Worker:
         max_len = min(config.engine.max_req_total_len, model_config.max_context_len)
         model = load_model(
             model_config,
-            source,
+            quantized(source, config.model.quant_type, model_config),
             dtype=dtype,
             device=device.torch_device,
             backend=backend,
@@ -81,7 +83,7 @@ class Worker:
             num_threads=max(1, config.environment.loadworker // parallel.local_size),
             progress=lambda done, total: progress("loading weights", done, total),
             max_len=max_len,
-            packed=ops.computes_packed and config.model.dtype == "auto",
+            packed=_keeps_packed(config, ops),
             parallel=parallel,
         )
         # Two pools of threads would fight for the cores: beside one of its own kernels torch has one thread.
@@ -109,9 +111,32 @@ class Worker:
         """Start one batch; its result may be taken in another thread."""
         return self._runner.launch(batch)
 
+    def open_kv_link(
+        self, config: Config, model_config: ModelConfig, model_hash: str, tokenizer_hash: str
+    ) -> None:
+        """Let KV move between this node and others, whose hashes must be the same.
+
+        Raises:
+            ConfigError: this device or transport cannot, or the cluster token cannot be used.
+            BindError: --kv_port is taken.
+        """
+        hashes = (model_hash, tokenizer_hash)
+        self._info = open_kv_link(self._runner, self._info, config, model_config, hashes)
+
     def info(self) -> EngineInfo:
         """What was loaded, where, and its capacity."""
         return self._info
+
+
+def _choose_dtype(config: Config, model_config: ModelConfig, device: Device) -> tuple[torch.dtype, str]:
+    if config.model.quant_type != "none" and config.model.dtype == "auto":
+        return torch.float32, f"what kernels on weights of --quant_type {config.model.quant_type} compute in"
+    return device.choose_dtype(config.model.dtype, model_config.dtype)
+
+
+def _keeps_packed(config: Config, ops: Ops) -> bool:
+    """Whether quantised weights stay so: where that is fast, unless a dtype is asked for; and where asked."""
+    return config.model.quant_type != "none" or (ops.computes_packed and config.model.dtype == "auto")
 
 
 def _own_share(device: Device, parallel: Parallel) -> int:

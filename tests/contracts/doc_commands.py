@@ -14,7 +14,7 @@ FENCE = re.compile(
     r"^(?P<indent> *)```(?P<language>\w*)[^\n]*\n(?P<body>.*?)^(?P=indent)```", re.DOTALL | re.MULTILINE
 )
 ASSIGNMENT = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*=")
-INLINE_MAKE = re.compile(r"`make ([a-z]+)")
+INLINE_MAKE = re.compile(r"`make ([a-z-]+)")
 LINK = re.compile(r"\]\((?P<target>[^)\s]+)\)")
 
 
@@ -85,4 +85,4 @@ def relative_links(path: Path) -> set[str]:
 
 def make_targets(makefile: Path) -> set[str]:
     """Targets that the Makefile offers to people."""
-    return set(re.findall(r"^([a-z]+):.*## ", makefile.read_text("utf-8"), re.MULTILINE))
+    return set(re.findall(r"^([a-z-]+):.*## ", makefile.read_text("utf-8"), re.MULTILINE))

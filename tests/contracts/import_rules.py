@@ -14,8 +14,8 @@ from typing import NamedTuple
 PACKAGE = "lightllm"
 
 L0 = (
-    *("addresses", "cluster_link", "config", "config_keys", "env", "errors", "flag", "logs"),
-    *("messages", "model_config", "rank_messages", "resolution", "sampling_params"),
+    *("addresses", "cluster_link", "cluster_messages", "config", "config_keys", "env", "errors", "flag"),
+    *("logs", "messages", "model_config", "node_link", "rank_messages", "resolution", "sampling_params", "web_socket"),
 )
 TOP = ("__init__", "__main__", "cli", "llm", "server")
 

@@ -35,13 +35,14 @@ TINY_CONFIG = {
 
 
 class Server:
-    """One `lightllm.server.api_server`, started with the given flags on a free port."""
+    """One `lightllm.server.api_server`, started with the given flags on a free port; None: without --port."""
 
-    def __init__(self, *flags: str, env: dict[str, str] | None = None) -> None:
+    def __init__(self, *flags: str, env: dict[str, str] | None = None, port: int | None = 0) -> None:
+        http = [] if port is None else ["--port", str(port)]
         self.started = time.monotonic()
         self.log: list[str] = []
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "lightllm.server.api_server", "--port", "0", *flags],
+            [sys.executable, "-m", "lightllm.server.api_server", *http, *flags],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

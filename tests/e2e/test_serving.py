@@ -120,6 +120,9 @@ def test_a_shared_prefix_is_computed_once(smollm2: Server) -> None:
     assert second < 0.3 * first, (first, second)
 
 
+PROCESSES = ("supervisor", "frontend", "engine")
+
+
 def test_health_models_and_metrics(smollm2: Server) -> None:
     assert smollm2.client.get("/health").status_code == 200
     assert smollm2.client.get("/readiness").json() == {"status": "ok"}
@@ -130,3 +133,5 @@ def test_health_models_and_metrics(smollm2: Server) -> None:
     smollm2.generate("One two three", max_new_tokens=5, ignore_eos=True)
     assert smollm2.metric("generated_tokens_total") - before == 5
     assert smollm2.metric("kv_used_tokens") == 0
+    sizes = {name: smollm2.metric("resident_memory_bytes", f'process="{name}"') / 2**20 for name in PROCESSES}
+    assert 10 < sizes["supervisor"] < sizes["frontend"] < sizes["engine"] < 2000, sizes

@@ -18,7 +18,8 @@ from lightllm.messages import (
     ToEngine,
 )
 from lightllm.sampling_params import SamplingParams
-from lightllm.scheduler.scheduler import Scheduler, SchedulerConfig
+from lightllm.scheduler.config import SchedulerConfig
+from lightllm.scheduler.scheduler import Scheduler
 from lightllm.worker.inputs import RowTables
 from lightllm.worker.model_runner import LaunchedStep, ModelRunner, Runner
 
@@ -110,9 +111,14 @@ class LocalEngine:
         worker = RunnerWorker(runner, info)
         self.executor: Executor = InProcessExecutor(lambda: worker)  # type: ignore[arg-type,return-value]
         self.link = MemoryLink()
-        self.scheduler = Scheduler(config)
-        self.engine = Engine(self.scheduler, self.executor, self.link, enable_overlap=enable_overlap)
+        scheduler = Scheduler(config)
+        self.engine = Engine(scheduler, self.executor, self.link, enable_overlap=enable_overlap)
         self.num_requests = 0
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """The one that the engine has now."""
+        return self.engine.scheduler
 
     def run(
         self, prompts: list[list[int]], params: SamplingParams, *, at_once: bool = True

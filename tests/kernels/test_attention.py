@@ -139,8 +139,24 @@ def test_kv_write(device: torch.device) -> None:
     k, v = qkv[:, 1:3], qkv[:, 3:]
     pool_k, pool_v = torch.zeros(2, 9, 2, 24, device=device)
     slots = torch.tensor([8, 1, 0, 5], device=device)
-    kv_write(k, v, pool_k, pool_v, slots)
+    kv_write(k, k, v, pool_k, pool_v, slots, None)
     assert torch.equal(pool_k[slots], k)
+    assert torch.equal(pool_v[slots], v)
+    assert (pool_k[[2, 3, 4, 6, 7]] == 0).all()
+
+
+@pytest.mark.parametrize(("num_q_heads", "head_dim", "rotary_dim"), [(9, 24, 24), (2, 64, 64), (3, 96, 48)])
+def test_kv_write_rotates(num_q_heads: int, head_dim: int, rotary_dim: int, device: torch.device) -> None:
+    qkv = torch.randn(4, num_q_heads + 4, head_dim, device=device)
+    angles = torch.randn(4, rotary_dim // 2, device=device) * 50
+    q, k, v = qkv.split([num_q_heads, 2, 2], 1)
+    expected = qkv[:, : num_q_heads + 2].clone()
+    ref.rotate_(expected, angles.cos(), angles.sin())
+    pool_k, pool_v = torch.zeros(2, 9, 2, head_dim, device=device)
+    slots = torch.tensor([8, 1, 0, 5], device=device)
+    kv_write(q, k, v, pool_k, pool_v, slots, (angles.cos(), angles.sin()))
+    check(q, expected[:, :num_q_heads])
+    check(pool_k[slots], expected[:, num_q_heads:])
     assert torch.equal(pool_v[slots], v)
     assert (pool_k[[2, 3, 4, 6, 7]] == 0).all()
 

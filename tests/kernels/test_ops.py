@@ -98,3 +98,7 @@ def test_one_row_through_a_linear(
     for n in (1, 2):
         x = random(n, num_columns, dtype=dtype, device=device, seed=2)
         check(linear(x), ref.linear(x, weight, bias))
+        gate_up = random(n, 2 * num_columns, dtype=dtype, device=device, seed=3)
+        for name in ("silu_and_mul", "gelu_and_mul"):
+            got = OPS.gated_linear(name, gate_up, linear)
+            check(got, Ops().gated_linear(name, gate_up, Ops().dense_linear(weight, bias)))

@@ -7,7 +7,8 @@ import torch
 from torch.nn import functional
 
 from lightllm.errors import ModelLoadError
-from lightllm.layers.activation import check_activation, gated_activation
+from lightllm.layers.activation import ACTIVATIONS, check_activation
+from lightllm.layers.linear import DenseLinear
 from lightllm.layers.norm import RMSNorm
 from lightllm.layers.ops import Ops
 
@@ -47,7 +48,7 @@ def test_rotation_leaves_the_rest_of_a_head_alone() -> None:
 )
 def test_gated_activation(name: str, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
     gate, up = torch.randn(3, 8), torch.randn(3, 8)
-    got = gated_activation(name, Ops())(torch.cat((gate, up), dim=1))
+    got = Ops().gated_linear(ACTIVATIONS[name], torch.cat((gate, up), dim=1), DenseLinear(torch.eye(8), None))
     torch.testing.assert_close(got, function(gate) * up)
 
 

@@ -10,7 +10,9 @@ from collections import deque
 
 from lightllm.messages import EngineRequest, RequestOutput, ScheduledBatch, StepOutput, TokenLogprobs
 from lightllm.sampling_params import SamplingParams
-from lightllm.scheduler.scheduler import Scheduler, SchedulerConfig
+from lightllm.scheduler.config import SchedulerConfig
+from lightllm.scheduler.scheduler import Scheduler
+from tests.scheduler.fake_transport import FakeTransport
 
 VOCAB_SIZE = 5
 ANY_LENGTH = {"ignore_eos": True}
@@ -58,10 +60,11 @@ class Row:
 class FakeWorker:
     """Executes batches in order; keeps rows and KV as a real worker does."""
 
-    def __init__(self, config: SchedulerConfig) -> None:
+    def __init__(self, config: SchedulerConfig, **transport) -> None:
         self.config = config
         self.rows: dict[int, Row] = {}
         self.kv: dict[int, int] = {}
+        self.transport = FakeTransport(self.kv, extend_hash, next_token, **transport)
 
     def run(self, batch: ScheduledBatch) -> StepOutput:
         self._apply(batch)
@@ -72,8 +75,9 @@ class FakeWorker:
             assert stop < row.new.num_prompt_tokens + row.new.sampling_params.max_new_tokens, (
                 "computed too far"
             )
-        for row, start, _, _ in work:
+        for i, (row, start, _, _) in enumerate(work):
             self._check(row, start)
+            row.token_ids.update(enumerate(batch.drafts.get(i, ()), start + 1))
         for row, start, stop, _ in work:
             for position, prefix_hash in list(enumerate(row.hashes(stop)))[start:]:
                 slot = row.slots[position]
@@ -81,17 +85,27 @@ class FakeWorker:
                 written.add(slot)
                 self.kv[slot] = prefix_hash
         token_ids: list[list[int]] = []
-        for row, _, stop, is_sampling in work:
+        for i, (row, _, stop, is_sampling) in enumerate(work):
             self._check(row, stop)
             token_ids.append([])
             if is_sampling:
-                token_ids[-1].append(next_token(row.hashes(stop)[-1]))
-                row.token_ids[stop] = token_ids[-1][0]
+                drafts = batch.drafts.get(i, [])
+                first = stop - len(drafts)
+                for draft in [*drafts, None]:
+                    position = first + len(token_ids[-1])
+                    token_ids[-1].append(next_token(row.hashes(position)[-1]))
+                    row.token_ids[position] = token_ids[-1][-1]
+                    if token_ids[-1][-1] != draft:
+                        break
+        self.transport.take(batch)
         return StepOutput(
             step_id=batch.step_id,
             token_ids=token_ids,
             logprobs={
-                i: [TokenLogprobs(logprob=-stop)]
+                i: [
+                    TokenLogprobs(logprob=len(batch.drafts.get(i, ())) - stop - p)
+                    for p in range(len(token_ids[i]))
+                ]
                 for i, (row, _, stop, is_sampling) in enumerate(work)
                 if is_sampling and row.new.sampling_params.logprobs is not None
             },
@@ -103,7 +117,8 @@ class FakeWorker:
                 for i, (row, start, stop, _) in enumerate(work)
                 if row.new.sampling_params.prompt_logprobs is not None
             },
-            duration_s=0.01,
+            duration_s=0.005 * (1 + sum(batch.num_new_tokens)),
+            **self.transport.advance(),
         )
 
     def _apply(self, batch: ScheduledBatch) -> None:
@@ -117,8 +132,8 @@ class FakeWorker:
         assert len(set(batch.rows)) == len(batch.rows)
         assert sum(batch.num_new_tokens) <= config.batch_max_tokens
         if config.enable_chunked_prefill:
-            assert max(batch.num_new_tokens) <= config.chunked_prefill_size
-        assert min(batch.num_new_tokens) > 0
+            assert max(batch.num_new_tokens, default=0) <= config.chunked_prefill_size
+        assert min(batch.num_new_tokens, default=1) > 0
         slots = iter(batch.slots)
         for row, start, count in zip(batch.rows, batch.slot_starts, batch.slot_counts, strict=True):
             for position in range(start, start + count):
@@ -140,9 +155,10 @@ class Driver:
 
     Args:
         max_lag: steps that may be scheduled before the oldest one's result is taken (1: overlap, 0: none).
+        transport: arguments of FakeTransport.
     """
 
-    def __init__(self, *, max_lag: int = 1, **config) -> None:
+    def __init__(self, *, max_lag: int = 1, transport: dict | None = None, **config) -> None:
         defaults = {
             "num_slots": 1000,
             "max_running": 16,
@@ -153,7 +169,7 @@ class Driver:
         }
         self.config = SchedulerConfig(**{**defaults, **config})
         self.scheduler = Scheduler(self.config, seed=1)
-        self.worker = FakeWorker(self.config)
+        self.worker = FakeWorker(self.config, **(transport or {}))
         self.max_lag = max_lag
         self.now_s = 1000.0
         self.num_steps = 0
@@ -161,6 +177,7 @@ class Driver:
         self.pending: deque[StepOutput] = deque()
         self.requests: dict[str, EngineRequest] = {}
         self.outputs: dict[str, list[RequestOutput]] = {}
+        self.reserved: dict[str, int] = {}
 
     def add(self, prompt: list[int], request_id: str = "", *, check: bool = True, **fields) -> str:
         """Send a request; fields of SamplingParams and of EngineRequest may be mixed."""
@@ -185,8 +202,11 @@ class Driver:
         if batch is not None:
             self.batches.append(batch)
             self.pending.append(self.worker.run(batch))
+        for message in self.scheduler.take_reservations():
+            assert message.request_id not in self.reserved
+            self.reserved[message.request_id] = message.num_cached_tokens
         self.scheduler.check_integrity()
-        if len(self.pending) > (self.max_lag if batch is not None else 0):
+        if len(self.pending) > (self.max_lag if batch is not None and batch.rows else 0):
             self._take(self.scheduler.update(self.pending.popleft()))
         else:
             assert batch is not None or not self.scheduler.has_work, "there is work, but no way on"
@@ -201,6 +221,8 @@ class Driver:
         stats = self.scheduler.stats()
         assert (stats.requests_running, stats.requests_waiting) == (0, 0)
         assert (stats.kv_used_tokens, stats.kv_committed_tokens) == (0, 0)
+        assert not self.worker.transport.receipts
+        assert not self.worker.transport.shipments
         for request_id in self.requests:
             self.check_outputs(request_id)
 
@@ -216,16 +238,26 @@ class Driver:
         assert [o.finish_reason for o in outputs].count(None) == len(outputs) - 1, request_id
         reason = outputs[-1].finish_reason
         expected, expected_reason = expected_output(request.prompt_token_ids, request.sampling_params)
-        made = [*request.output_token_ids, *self.token_ids(request_id)]
+        is_receiving = request.recv_kv_from is not None
+        known = list(request.output_token_ids)
+        if is_receiving:  # the first token behind the KV comes from the sender
+            known = expected[: len(known) + 1]
+        made = [*known, *self.token_ids(request_id)]
         assert made == expected[: len(made)], f"{request_id} ({reason}): {made}, expected {expected}"
         if reason in ("stop", "length") and outputs[-1].new_token_ids:
             assert (made, reason) == (expected, expected_reason)
         if request.sampling_params.logprobs is not None:
-            first = len(request.prompt_token_ids) + len(request.output_token_ids)
+            first = len(request.prompt_token_ids) + len(known)
             found = [-entry.logprob for output in outputs for entry in output.logprobs or []]
             assert found == list(range(first, first + len(found)))
             assert len(found) == len(self.token_ids(request_id))
-        if request.sampling_params.prompt_logprobs is not None and self.token_ids(request_id):
+        if request.send_kv_to is not None:
+            assert len(self.token_ids(request_id)) == (reason in ("stop", "length", "handed_over")) or (
+                reason in ("abort", "stop", "error")
+            )
+        if is_receiving:
+            assert all(output.prompt_logprobs is None for output in outputs)
+        elif request.sampling_params.prompt_logprobs is not None and self.token_ids(request_id):
             entries = outputs[0].prompt_logprobs
             assert entries is not None
             assert [entry and -entry.logprob for entry in entries] == [

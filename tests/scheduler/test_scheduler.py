@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from lightllm.errors import ERROR_CODES, ConfigError
-from lightllm.messages import FINISH_REASONS, Grammar, KVTarget
+from lightllm.messages import FINISH_REASONS, Grammar
 from lightllm.sampling_params import SamplingParams
 from tests.scheduler.fake_worker import ANY_LENGTH, EOS, Driver, expected_output
 
@@ -69,7 +69,7 @@ def test_refuses_a_known_id_and_keeps_the_first():
     "fields",
     [
         {"grammar": Grammar(kind="regex", text="a*")},
-        {"send_kv_to": KVTarget(node_id="d", epoch=1, address="tcp://127.0.0.1:1", ticket="t")},
+        {"grammar": Grammar(kind="json_schema", text="{}")},
     ],
 )
 def test_refuses_what_is_not_built(fields):

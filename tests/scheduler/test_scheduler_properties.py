@@ -7,6 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
+from lightllm.messages import KVSource, KVTarget
 from tests.scheduler.fake_worker import VOCAB_SIZE, Driver
 
 
@@ -22,6 +23,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         policy=st.sampled_from(["fcfs", "shortest_prefill"]),
         is_caching=st.sampled_from([True, True, True, False]),
         is_chunking=st.sampled_from([True, True, True, False]),
+        seed=st.integers(0, 1000),
+        failure_share=st.sampled_from([0.0, 0.1, 0.5]),
+        pace=st.sampled_from([1.0, 0.3, 0.05]),
+        lease_s=st.sampled_from([0.15, 2.0, 30.0]),
+        draft_ngram=st.sampled_from([0, 0, 1, 3, 16]),
     )
     def start(
         self,
@@ -35,6 +41,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         policy,
         is_caching,
         is_chunking,
+        seed,
+        failure_share,
+        pace,
+        lease_s,
+        draft_ngram,
     ):
         self.max_len = max(2, int(num_slots * share_of_pool))
         self.driver = Driver(
@@ -48,6 +59,10 @@ class SchedulerMachine(RuleBasedStateMachine):
             schedule_policy=policy,
             enable_prefix_cache=is_caching,
             enable_chunked_prefill=is_chunking,
+            kv_lease_s=lease_s,
+            kv_admission_s=0.3,
+            transport={"seed": seed, "failure_share": failure_share, "pace": pace},
+            draft_ngram=draft_ngram,
         )
 
     @rule(
@@ -59,9 +74,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         logprobs=st.sampled_from([None, None, 0]),
         prompt_logprobs=st.sampled_from([None, None, None, 0]),
         is_failover=st.sampled_from([False, False, False, True]),
+        leg=st.sampled_from([None, None, "send", "recv"]),
     )
     def add(
-        self, data, num_samples, priority, lifetime_s, ignore_eos, logprobs, prompt_logprobs, is_failover
+        self, data, num_samples, priority, lifetime_s, ignore_eos, logprobs, prompt_logprobs, is_failover, leg
     ):
         # Prompts share beginnings: few different first tokens, then a choice at each of a few places.
         length = data.draw(st.integers(1, self.max_len - 1))
@@ -78,10 +94,17 @@ class SchedulerMachine(RuleBasedStateMachine):
             "logprobs": logprobs,
             "prompt_logprobs": prompt_logprobs,
         }
+        if leg == "send":
+            num_cached = data.draw(st.integers(0, length - 1))
+            fields["send_kv_to"] = KVTarget(
+                node_id="d", epoch=1, address="", ticket="t", num_cached_tokens=num_cached
+            )
+        elif leg == "recv":
+            fields["recv_kv_from"] = KVSource(node_id="p", epoch=1, ticket="t")
         leader = self.driver.add(prompt, **fields)
         for i in range(1, num_samples):
             self.driver.add(prompt, after_request_id=leader, sample_index=i, **fields)
-        if is_failover and self.driver.token_ids(leader) == []:
+        if is_failover and leg is None and self.driver.token_ids(leader) == []:
             self._fail_over(leader)
 
     def _fail_over(self, request_id):
@@ -102,6 +125,12 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(data=st.data(), reason=st.sampled_from(["abort", "stop"]))
     def abort(self, data, reason):
         self.driver.abort(data.draw(st.sampled_from(sorted(self.driver.requests))), reason)
+
+    @precondition(lambda self: self.driver.requests)
+    @rule(data=st.data())
+    def renew(self, data):
+        names = data.draw(st.lists(st.sampled_from(sorted(self.driver.requests)), max_size=5))
+        self.driver.scheduler.renew([*names, "unknown"], self.driver.now_s)
 
     @rule(num_steps=st.integers(1, 6))
     def step(self, num_steps):

@@ -30,8 +30,23 @@ def test_codes_stand_for_the_same_weights(kind: str, monkeypatch: pytest.MonkeyP
     assert len({type(tile) for tile in tiles}) == 1
 
 
+def test_fitting_brings_4_bits_nearer_than_the_ends_of_a_block_do() -> None:
+    torch.manual_seed(0)
+    weights = torch.randn(64, 256)
+    blocks = weights.view(64, 8, 32)
+    low, step = blocks.amin(-1, keepdim=True), (blocks.amax(-1) - blocks.amin(-1))[..., None] / 15
+    plain = ((blocks - low) / step).round() * step + low
+    fitted = quantize4(weights).dequantize().view(64, 8, 32)
+    assert (fitted - blocks).square().mean() < 0.88 * (plain - blocks).square().mean()
+
+
+def test_weights_on_a_grid_of_16_stay_where_they_are() -> None:
+    grid = torch.arange(32) % 16 * 0.25 - 1.0
+    assert torch.equal(quantize4(grid.repeat(3, 2)).dequantize(), grid.repeat(3, 2))
+
+
 @pytest.mark.parametrize(("quantize", "kind", "steps"), [(quantize8, Codes8, 254), (quantize4, Codes4, 15)])
-def test_quantised_weights_are_within_half_a_step(quantize, kind, steps: int) -> None:
+def test_quantised_weights_are_within_a_step(quantize, kind, steps: int) -> None:
     torch.manual_seed(0)
     weights = torch.randn(6, 96)
     weights[2, 32:64] = 0.0
@@ -39,6 +54,8 @@ def test_quantised_weights_are_within_half_a_step(quantize, kind, steps: int) ->
     assert isinstance(got, kind)
     blocks = weights.view(6, 3, 32)
     span = 2 * blocks.abs().amax(-1) if steps == 254 else blocks.amax(-1) - blocks.amin(-1)
-    error = (got.dequantize().view(6, 3, 32) - blocks).abs().amax(-1)
-    assert (error <= span / steps * 0.5 + 2e-3 * span).all()
+    error = (got.dequantize().view(6, 3, 32) - blocks).abs()
+    # Fitting gives up a little at the ends for the sake of the rest.
+    assert (error.amax(-1) <= span / steps * (0.5 if steps == 254 else 1.0) + 2e-3 * span).all()
+    assert (error.mean(-1) <= span / steps * 0.3 + 1e-3 * span).all()
     assert not got.dequantize()[2, 32:64].any()

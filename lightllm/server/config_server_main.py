@@ -1,0 +1,85 @@
+"""The config_server process: `python -m lightllm.server.config_server_main`, started by the supervisor.
+
+Serves `config_server.app` over the frontend's HTTP protocol class. Loads no model and no tokenizer.
+"""
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+from typing import Any
+
+import uvicorn
+import uvloop
+
+from lightllm import __version__
+from lightllm.api.errors import envelope, error_headers
+from lightllm.api.protocol import uvicorn_config
+from lightllm.cluster_link import cluster_token, new_epoch
+from lightllm.config import Config, decode_config
+from lightllm.config_server.app import ConfigServerApp, MasterDirectory, Send
+from lightllm.errors import LightLLMError
+from lightllm.logs import setup_logging
+from lightllm.messages import ChildConfig, ChildFailed, ChildReady, Drain, ToChild
+from lightllm.server.child import Parent
+
+logger = logging.getLogger(__name__)
+
+LAST_WRITE_S = 1.0
+
+
+def main() -> int:
+    """Serve until the parent goes or has us drain; returns the exit code."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C on the terminal is the supervisor's business
+    parent = Parent()
+    child = parent.read_config()
+    config = decode_config(child.config)
+    setup_logging(config.observability.log_format, config.observability.log_level, "config_server")
+    try:
+        uvloop.run(_serve(parent, child, config))
+    except LightLLMError as error:
+        parent.send(ChildFailed(message=str(error), exit_code=error.exit_code))
+        return error.exit_code
+    return 0
+
+
+async def _serve(parent: Parent, child: ChildConfig, config: Config) -> None:
+    token = cluster_token(config.security.cluster_token, config.environment.home)
+    keys = [key.encode() for key in config.security.api_key]
+    directory = MasterDirectory(token, new_epoch())
+    app = ConfigServerApp(directory, [*keys, token], has_key=bool(keys), fail=_fail)
+    server = uvicorn.Server(uvicorn_config(app, version=__version__, web_sockets=app.web_sockets()))
+    loop = asyncio.get_running_loop()
+
+    def stop() -> None:
+        server.should_exit = True
+        loop.call_later(LAST_WRITE_S, os._exit, 0)
+
+    def on_message(message: ToChild) -> None:
+        if isinstance(message, Drain):
+            loop.call_soon_threadsafe(stop)
+
+    parent.watch(on_message, lambda: _orphaned(loop, stop))
+    parent.send(ChildReady())
+    await server.serve([socket.socket(fileno=fd) for fd in child.listen_fds])
+
+
+def _orphaned(loop: asyncio.AbstractEventLoop, stop: Any) -> None:
+    try:
+        loop.call_soon_threadsafe(stop)
+    except RuntimeError:  # the loop has ended
+        os._exit(0)
+
+
+async def _fail(send: Send, code: str, message: str) -> None:
+    error = LightLLMError(message, code=code)
+    body = envelope(error)
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    headers += error_headers(error)
+    await send({"type": "http.response.start", "status": error.kind.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

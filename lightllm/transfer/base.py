@@ -1,0 +1,155 @@
+"""Transport: what moves KV between this worker and those of other nodes, as the worker sees it.
+
+Four verbs: `receive`, `send`, `cancel`, `poll`. Orders in, endings out; every transfer that was begun ends in
+exactly one ending, and from then on no byte of its slots is read or written. Runs in the worker process; the
+verbs are called from its one thread, the work is done in threads of the transport.
+"""
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from lightllm.errors import KVTransferError
+from lightllm.messages import KVArrival, KVFailure, KVTransferOrder
+
+
+class Limits(NamedTuple):
+    """How long the ends of a transfer wait, in seconds.
+
+    Attributes:
+        handshake_s: for the whole of dialling and greeting.
+        silence_s: for the next word of a peer that owes one; one that is silent for longer has failed.
+        alive_s: a sender with nothing to send says so this often.
+        ticket_s: a peer that dials may be so much earlier than the order to expect it.
+    """
+
+    handshake_s: float = 5.0
+    silence_s: float = 10.0
+    alive_s: float = 1.0
+    ticket_s: float = 5.0
+
+
+class Endings(NamedTuple):
+    """Transfers that have ended since the last poll, as StepOutput reports them."""
+
+    received: list[KVArrival]
+    sent: list[str]
+    failed: list[KVFailure]
+
+
+class Ledger:
+    """Endings on their way from the transport's threads to the worker's."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._endings = Endings([], [], [])
+
+    def note(self, ending: KVArrival | KVFailure | str) -> None:
+        """Add one; a string is the id of a request whose KV was sent."""
+        with self._lock:
+            match ending:
+                case KVArrival():
+                    self._endings.received.append(ending)
+                case KVFailure():
+                    self._endings.failed.append(ending)
+                case _:
+                    self._endings.sent.append(ending)
+
+    def take(self) -> Endings:
+        """All since the last call."""
+        with self._lock:
+            endings, self._endings = self._endings, Endings([], [], [])
+        return endings
+
+
+class Hold:
+    """The right to touch the slots of one transfer: until it is given up, once and for one reason."""
+
+    def __init__(self, request_id: str, ledger: Ledger) -> None:
+        self.request_id = request_id
+        self._ledger = ledger
+        self._lock = threading.Lock()
+        self._is_over = False
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the slots may belong to somebody else already."""
+        return self._is_over
+
+    @contextmanager
+    def touching(self) -> Iterator[None]:
+        """Read or write slots; whoever ends the transfer waits until this is done.
+
+        Raises:
+            KVTransferError: they are not ours any more.
+        """
+        with self._lock:
+            if self._is_over:
+                raise KVTransferError(f"the transfer of {self.request_id} was given up here")
+            yield
+
+    def end(self, ending: KVArrival | KVFailure | str) -> bool:
+        """Give up the slots and report why; False if that has been done before."""
+        with self._lock:
+            if self._is_over:
+                return False
+            self._is_over = True
+        self._ledger.note(ending)
+        return True
+
+    def fail(self, reason: str) -> bool:
+        """Give up the slots because the transfer has failed."""
+        return self.end(KVFailure(request_id=self.request_id, reason=reason))
+
+
+class Transport(ABC):
+    """Moves KV. `address` is where peers dial; empty if they cannot."""
+
+    address = ""
+
+    @abstractmethod
+    def receive(self, order: KVTransferOrder) -> None:
+        """Expect the KV of a request; its slots may be written from now on."""
+
+    @abstractmethod
+    def send(self, order: KVTransferOrder, first_token_id: int | None) -> None:
+        """Ship KV that has been computed. The first token comes with the request's last order."""
+
+    @abstractmethod
+    def cancel(self, request_id: str) -> None:
+        """End a transfer as failed; nothing happens if there is none, or it has ended."""
+
+    @abstractmethod
+    def poll(self) -> Endings:
+        """What has ended since the last call; never waits."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End everything; peers see their transfers fail."""
+
+
+class NullTransport(Transport):
+    """A node without a KV link: whatever is asked of it fails, and says so."""
+
+    REASON = "this node has no KV link; start it with --run_mode prefill or decode"
+
+    def __init__(self) -> None:
+        self._ledger = Ledger()
+
+    def receive(self, order: KVTransferOrder) -> None:
+        self._ledger.note(KVFailure(request_id=order.request_id, reason=self.REASON))
+
+    def send(self, order: KVTransferOrder, first_token_id: int | None) -> None:
+        if order.target is not None and order.start == order.target.num_cached_tokens:
+            self._ledger.note(KVFailure(request_id=order.request_id, reason=self.REASON))
+
+    def cancel(self, request_id: str) -> None:
+        return
+
+    def poll(self) -> Endings:
+        return self._ledger.take()
+
+    def close(self) -> None:
+        return

@@ -1,0 +1,103 @@
+"""What the two ends of a KV transfer say to each other, behind the handshake of cluster_link.
+
+    sender                                    receiver
+    hello(detail=Opening)          -->
+                                   <--        welcome(detail=Choice), or refused(code, text, diff)
+    Block, and its bytes by lane   -->
+                                   <--        Ack            a lane's staging memory may be used again
+    Alive                          -->                       while the next chunk is computed
+    Complete                       -->
+                                   <--        Accepted, or Rejected
+
+Frozen structs with a schema; anything else ends the transfer.
+"""
+
+from typing import Any
+
+import msgspec
+
+from lightllm.messages import KVLayout
+
+PURPOSE = "kv"
+
+
+class Frame(msgspec.Struct, frozen=True, tag=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of all."""
+
+
+class LaneOffer(Frame, frozen=True):
+    """A way that the bytes could take; `fields` are the lane's own, as msgpack."""
+
+    name: str
+    fields: bytes = b""
+
+
+class Opening(Frame, frozen=True):
+    """What the sender wants to ship, to whom, and how. `start` is the first position that will come."""
+
+    ticket: str
+    target_epoch: int
+    start: int
+    layout: KVLayout
+    lanes: list[LaneOffer]
+
+
+class Choice(Frame, frozen=True):
+    """The receiver takes the transfer, by this lane."""
+
+    lane: str
+
+
+class Block(Frame, frozen=True):
+    """`count` tokens from position `start` on are ready; `index` counts the blocks of a transfer."""
+
+    index: int
+    start: int
+    count: int
+
+
+class Ack(Frame, frozen=True):
+    """The oldest block without one has been taken."""
+
+
+class Alive(Frame, frozen=True):
+    """Nothing to send at present."""
+
+
+class Complete(Frame, frozen=True):
+    """All is sent: `num_tokens` in all with those that were there; see plan.digest."""
+
+    ticket: str
+    source_epoch: int
+    target_epoch: int
+    num_tokens: int
+    first_token_id: int
+    digest: bytes
+
+
+class Accepted(Frame, frozen=True):
+    """The receiver decodes from here on; the sender may free its slots."""
+
+
+class Rejected(Frame, frozen=True):
+    """The receiver does not take it, in words for the log."""
+
+    reason: str
+
+
+FromSender = Block | Alive | Complete
+FromReceiver = Ack | Accepted | Rejected
+
+
+def decode(data: bytes, kind: Any) -> Any:
+    """Decode a frame of the given type or union.
+
+    Raises:
+        msgspec.DecodeError: it is none.
+    """
+    return msgspec.msgpack.decode(data, type=kind)
+
+
+def encode(frame: Frame) -> bytes:
+    """Encode a frame."""
+    return msgspec.msgpack.encode(frame)

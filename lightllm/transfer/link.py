@@ -1,0 +1,243 @@
+"""KVLink: the transport of a node that takes part in prefill/decode disaggregation.
+
+Owns the listening socket and the threads: one accepts, one serves each connection, one runs each shipment.
+What a transfer does stands in shipment.py and receipt.py; the ways of the bytes in lane.py. Runs in the
+worker process.
+"""
+
+import logging
+import socket
+import threading
+import time
+
+import msgspec
+
+from lightllm.cluster_link import Acceptor, Hello, LinkBroken, LinkRefused
+from lightllm.errors import BindError, KVTransferError
+from lightllm.messages import KVTransferOrder
+from lightllm.transfer import frames
+from lightllm.transfer.base import Endings, Hold, Ledger, Transport
+from lightllm.transfer.channel import Channel
+from lightllm.transfer.frames import Choice, LaneOffer, Opening
+from lightllm.transfer.lane import LaneUnavailable, ReceivingEnd, load_lane
+from lightllm.transfer.plan import layout_diff
+from lightllm.transfer.receipt import Receipt
+from lightllm.transfer.shipment import Node, Shipment
+
+logger = logging.getLogger(__name__)
+
+MAX_CONNECTIONS = 1024
+
+
+class KVLink(Transport):
+    """Sends to and receives from the KV links of other nodes.
+
+    Args:
+        host, port: where peers may dial; port 0 takes a free one.
+        advertised_host: what they dial, if that is not `host`.
+
+    Raises:
+        BindError: the address is taken or not ours.
+    """
+
+    def __init__(self, node: Node, host: str, port: int, advertised_host: str | None = None) -> None:
+        self._node = node
+        self._ledger = Ledger()
+        self._shipments: dict[str, Shipment] = {}
+        self._receipts: dict[str, Receipt] = {}  # by ticket
+        self._changed = threading.Condition()
+        self._num_connections = 0
+        self._is_closed = False
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        try:
+            self._listener = socket.create_server((host, port), family=family, backlog=256)
+        except OSError as error:
+            raise BindError(f"--kv_port {port} on {host}: {error}; choose another one, or 0") from error
+        shown = advertised_host or host
+        shown = f"[{shown}]" if ":" in shown else shown
+        self.address = f"tcp://{shown}:{self._listener.getsockname()[1]}"
+        _start(self._accept, "kv-link")
+
+    def receive(self, order: KVTransferOrder) -> None:
+        hold = Hold(order.request_id, self._ledger)
+        receipt = Receipt(self._node, order, hold)
+        with self._changed:
+            self._forget_ended()
+            if receipt.source.ticket in self._receipts:
+                hold.fail("its ticket is in use for another transfer")
+                return
+            self._receipts[receipt.source.ticket] = receipt
+            self._changed.notify_all()
+
+    def send(self, order: KVTransferOrder, first_token_id: int | None) -> None:
+        shipment = self._shipments.get(order.request_id)
+        assert order.target is not None, "an order to send names its target"
+        if order.start == order.target.num_cached_tokens:
+            with self._changed:
+                self._forget_ended()
+            shipment = Shipment(self._node, order, Hold(order.request_id, self._ledger))
+            self._shipments[order.request_id] = shipment
+            _start(lambda: self._ship(shipment), "kv-send")
+        if shipment is not None:
+            shipment.add(order, first_token_id)
+
+    def cancel(self, request_id: str) -> None:
+        with self._changed:
+            moving: list[Shipment | Receipt] = [*self._shipments.values(), *self._receipts.values()]
+        for transfer in moving:
+            if transfer.hold.request_id == request_id and transfer.hold.fail("cancelled"):
+                transfer.interrupt()
+
+    def poll(self) -> Endings:
+        return self._ledger.take()
+
+    def close(self) -> None:
+        self._is_closed = True
+        # A thread that waits in accept() is woken by a shutdown, not by a close.
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        with self._changed:
+            moving: list[Shipment | Receipt] = [*self._shipments.values(), *self._receipts.values()]
+            self._changed.notify_all()
+        for transfer in moving:
+            transfer.hold.fail("this node stops")
+            transfer.interrupt()
+
+    # ------------------------------------------------------------ in threads
+
+    def _ship(self, shipment: Shipment) -> None:
+        started_s = time.monotonic()
+        shipment.run()
+        _log_end("sent", shipment.hold.request_id, shipment.lane, shipment.num_bytes, started_s)
+
+    def _accept(self) -> None:
+        while not self._is_closed:
+            try:
+                sock, peer = self._listener.accept()
+            except OSError as error:
+                if not self._is_closed:
+                    logger.warning("KV link: cannot accept a connection: %s", error)
+                    time.sleep(0.1)
+                continue
+            with self._changed:
+                is_full = self._num_connections >= MAX_CONNECTIONS
+                self._num_connections += not is_full
+            if is_full:
+                logger.warning("KV link: more than %d connections; one was refused", MAX_CONNECTIONS)
+                sock.close()
+            else:
+                _start(lambda sock=sock, peer=peer: self._serve(sock, str(peer[0])), "kv-receive")
+
+    def _serve(self, sock: socket.socket, peer: str) -> None:
+        """One connection, from its greeting to its end."""
+        channel = Channel(sock)
+        try:
+            self._converse(channel)
+        except LinkRefused as refusal:
+            logger.warning("KV link: refused %s: %s %s", peer, refusal, "; ".join(refusal.diff))
+            try:
+                channel.send_raw(refusal.frame, self._node.limits.handshake_s)
+            except KVTransferError:
+                pass  # it did not wait for an answer
+        except (KVTransferError, LinkBroken, msgspec.DecodeError, OSError) as error:
+            logger.warning("KV link: connection from %s ended: %s", peer, error)
+        finally:
+            channel.close()
+            with self._changed:
+                self._num_connections -= 1
+
+    def _converse(self, channel: Channel) -> None:
+        limit_s = self._node.limits.handshake_s
+        acceptor = Acceptor(self._node.token, frames.PURPOSE)
+        channel.send_raw(acceptor.challenge(), limit_s)
+        hello = acceptor.take_hello(channel.receive_raw(limit_s))
+        opening = frames.decode(hello.detail, Opening)
+        receipt = self._admit(acceptor, hello, opening, channel)
+        end = None
+        started_s = time.monotonic()
+        try:
+            lane, end = self._choose_lane(acceptor, opening.lanes)
+            detail = frames.encode(Choice(lane=lane))
+            welcome, channel.seal = acceptor.welcome(socket.gethostname(), self._node.epoch, detail)
+            channel.send_raw(welcome, limit_s)
+            receipt.run(channel, end)
+            _log_end("received", receipt.hold.request_id, lane, receipt.num_bytes, started_s)
+        except (KVTransferError, LinkBroken, LinkRefused, OSError) as error:
+            receipt.hold.fail(f"receiving KV from {receipt.source.node_id}: {error}")
+            raise
+        finally:
+            receipt.hold.fail("receiving KV ended without a result")
+            if end is not None:
+                end.close()
+
+    def _admit(self, acceptor: Acceptor, hello: Hello, opening: Opening, channel: Channel) -> Receipt:
+        """The receipt that this peer's ticket stands for.
+
+        Raises:
+            LinkRefused: there is none for it.
+        """
+        node = self._node
+        if opening.target_epoch != node.epoch:
+            text = f"this is epoch {node.epoch}, not {opening.target_epoch}: the node was restarted"
+            raise acceptor.refuse("old_epoch", text)
+        with self._changed:
+            self._changed.wait_for(
+                lambda: opening.ticket in self._receipts or self._is_closed, node.limits.ticket_s
+            )
+            receipt = self._receipts.get(opening.ticket)
+        if receipt is None:
+            raise acceptor.refuse("bad_ticket", "no transfer is expected under this ticket")
+        if hello.epoch != receipt.source.epoch:
+            text = f"the transfer is expected from epoch {receipt.source.epoch}, not {hello.epoch}"
+            raise acceptor.refuse("old_epoch", text)
+        if not receipt.claim(channel):
+            raise acceptor.refuse("bad_ticket", "the ticket was used, or the transfer was given up")
+        diff = layout_diff(node.layout, opening.layout)
+        if opening.start != receipt.start:
+            diff = (*diff, f"first position: here {receipt.start}, there {opening.start}")
+        if diff:
+            text = f"the KV of the two nodes does not fit: {'; '.join(diff)}"
+            receipt.hold.fail(text)
+            raise acceptor.refuse("bad_layout", text, diff)
+        return receipt
+
+    def _choose_lane(self, acceptor: Acceptor, offers: list[LaneOffer]) -> tuple[str, ReceivingEnd]:
+        """The first of the sender's lanes that both can use."""
+        reasons = []
+        for offer in offers:
+            if offer.name not in self._node.lanes:
+                reasons.append(f"{offer.name}: not allowed here")
+                continue
+            try:
+                block_bytes = self._node.rows.block_bytes
+                return offer.name, load_lane(offer.name).open_receiver(offer.fields, block_bytes)
+            except LaneUnavailable as error:
+                reasons.append(f"{offer.name}: {error}")
+        text = "no common --kv_transport"
+        raise acceptor.refuse("no_lane", f"{text}: {'; '.join(reasons)}", tuple(reasons))
+
+    def _forget_ended(self) -> None:
+        """Drop transfers that have ended; holds the condition's lock."""
+        for request_id in [i for i, s in self._shipments.items() if s.hold.is_over]:
+            del self._shipments[request_id]
+        for ticket in [t for t, r in self._receipts.items() if r.hold.is_over]:
+            del self._receipts[ticket]
+
+
+def _start(target: object, name: str) -> None:
+    assert callable(target)
+    threading.Thread(target=target, name=name, daemon=True).start()
+
+
+def _log_end(verb: str, request_id: str, lane: str, num_bytes: int, started_s: float) -> None:
+    duration_s = time.monotonic() - started_s
+    rate = num_bytes / max(duration_s, 1e-9) / 1e6
+    logger.info(
+        "KV of %s: %s %d bytes by %s in %.3f s (%.0f MB/s)",
+        request_id,
+        verb,
+        num_bytes,
+        lane or "no lane",
+        duration_s,
+        rate,
+    )

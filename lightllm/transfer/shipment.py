@@ -1,0 +1,226 @@
+"""Shipment: the sender's end of one transfer, in a thread of its own.
+
+Dials the receiver, offers lanes, then packs and announces each order's blocks as they come, so that the
+beginning of a prompt is on its way while the rest of it is computed. Reads slots only while it holds them.
+"""
+
+import os
+import select
+import socket
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass, field
+
+import msgspec
+
+from lightllm.cluster_link import Dialer, LinkBroken, LinkRefused
+from lightllm.errors import KVTransferError
+from lightllm.messages import KVLayout, KVTarget, KVTransferOrder
+from lightllm.transfer import frames
+from lightllm.transfer.base import Hold, Limits
+from lightllm.transfer.channel import Channel
+from lightllm.transfer.frames import (
+    Accepted,
+    Ack,
+    Alive,
+    Block,
+    Choice,
+    Complete,
+    LaneOffer,
+    Opening,
+    Rejected,
+)
+from lightllm.transfer.lane import WINDOW, SendingEnd, load_lane
+from lightllm.transfer.plan import KVRows, blocks, digest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
+    """What all transfers of this node have in common.
+
+    Attributes:
+        lanes: names, in the order in which they are tried.
+        epoch: of this life of the KV link.
+    """
+
+    rows: KVRows
+    layout: KVLayout
+    token: bytes = field(repr=False)
+    epoch: int
+    lanes: tuple[str, ...]
+    limits: Limits
+
+
+class Shipment:
+    """Sends the KV of one request.
+
+    Args:
+        first: its first order.
+        hold: on the slots of all its orders.
+
+    Attributes:
+        lane: the lane chosen, empty before that.
+        num_bytes: payload sent so far.
+    """
+
+    def __init__(self, node: Node, first: KVTransferOrder, hold: Hold) -> None:
+        assert first.target is not None, "an order to send names its target"
+        self.hold = hold
+        self.lane = ""
+        self.num_bytes = 0
+        self._node = node
+        self._target: KVTarget = first.target
+        self._start = first.start
+        self._orders: deque[tuple[KVTransferOrder, int | None]] = deque()
+        self._news = os.eventfd(0, os.EFD_CLOEXEC)
+        self._lock = threading.Lock()
+        self._channel: Channel | None = None
+        self._is_closed = False
+        self._chunks: list[tuple[int, int]] = []
+        self._num_unacknowledged = 0
+
+    def add(self, order: KVTransferOrder, first_token_id: int | None) -> None:
+        """Ship this, too; called in the order of positions."""
+        with self._lock:
+            if self._is_closed:
+                return
+            self._orders.append((order, first_token_id))
+            os.eventfd_write(self._news, 1)
+
+    def interrupt(self) -> None:
+        """Stop waiting for a peer; called once the hold is given up."""
+        with self._lock:
+            if self._is_closed:
+                return
+            if self._channel is not None:
+                self._channel.interrupt()
+            os.eventfd_write(self._news, 1)
+
+    def run(self) -> None:
+        """Send everything and wait until the peer has accepted; ends the hold either way."""
+        ends: list[SendingEnd] = []
+        try:
+            channel = self._dial()
+            end = self._open(channel, ends)
+            while True:
+                order, first_token_id = self._next_order(channel)
+                for start, slots in blocks(order.start, order.slots, self._node.rows.tokens_per_block):
+                    index = len(self._chunks)
+                    while self._num_unacknowledged >= WINDOW:
+                        self._take_ack(channel)
+                    with self.hold.touching():
+                        size = self._node.rows.pack(slots, end.staging(index))
+                    channel.send(Block(index=index, start=start, count=len(slots)), self._silence_s)
+                    end.push(channel, index, size, self._silence_s)
+                    self._chunks.append((start, len(slots)))
+                    self._num_unacknowledged += 1
+                    self.num_bytes += size
+                if first_token_id is not None:
+                    break
+            self._complete(channel, order, first_token_id)
+            self.hold.end(self.hold.request_id)
+        except (KVTransferError, LinkBroken, LinkRefused, msgspec.DecodeError, OSError) as error:
+            self.hold.fail(f"sending KV to {self._target.node_id} at {self._target.address}: {error}")
+        finally:
+            self.hold.fail("sending KV ended without a result")
+            self._close(ends)
+
+    @property
+    def _silence_s(self) -> float:
+        return self._node.limits.silence_s
+
+    def _dial(self) -> Channel:
+        scheme, _, place = self._target.address.partition("://")
+        host, _, port = place.rpartition(":")
+        if scheme != "tcp" or not port.isdigit():
+            raise KVTransferError(f"{self._target.address!r} is no address of a KV link (tcp://HOST:PORT)")
+        sock = socket.create_connection((host.strip("[]"), int(port)), self._node.limits.handshake_s)
+        channel = Channel(sock)
+        with self._lock:
+            self._channel = channel
+        if self.hold.is_over:
+            raise KVTransferError("the transfer was given up here")
+        return channel
+
+    def _open(self, channel: Channel, ends: list[SendingEnd]) -> SendingEnd:
+        """Greet the receiver; it chooses one of our lanes."""
+        node, limits = self._node, self._node.limits
+        by_name = {}
+        for name in node.lanes:
+            by_name[name] = load_lane(name).open_sender(node.rows.block_bytes)
+            ends.append(by_name[name])
+        opening = Opening(
+            ticket=self._target.ticket,
+            target_epoch=self._target.epoch,
+            start=self._start,
+            layout=node.layout,
+            lanes=[LaneOffer(name=name, fields=end.offer()) for name, end in by_name.items()],
+        )
+        dialer = Dialer(node.token, frames.PURPOSE, socket.gethostname(), node.epoch, frames.encode(opening))
+        channel.send_raw(dialer.answer(channel.receive_raw(limits.handshake_s)), limits.handshake_s)
+        # The receiver may wait for its own order first.
+        welcome, channel.seal = dialer.finish(channel.receive_raw(limits.handshake_s + limits.ticket_s))
+        self.lane = frames.decode(welcome.detail, Choice).lane
+        if self.lane not in by_name:
+            raise KVTransferError(f"the peer chose lane {self.lane!r}, offered were {', '.join(by_name)}")
+        return by_name[self.lane]
+
+    def _next_order(self, channel: Channel) -> tuple[KVTransferOrder, int | None]:
+        """Wait for the engine, listen to the peer meanwhile, and let it know that we live."""
+        spoke_s = time.monotonic()
+        while True:
+            if self.hold.is_over:
+                raise KVTransferError("the transfer was given up here")
+            if self._orders:
+                return self._orders.popleft()
+            poll = select.poll()
+            poll.register(channel.fileno(), select.POLLIN)
+            poll.register(self._news, select.POLLIN)
+            limit_s = max(0.0, spoke_s + self._node.limits.alive_s - time.monotonic())
+            for fd, _ in poll.poll(limit_s * 1000):
+                if fd == self._news:
+                    os.eventfd_read(self._news)
+                else:
+                    self._take_ack(channel)
+            if time.monotonic() - spoke_s >= self._node.limits.alive_s:
+                channel.send(Alive(), self._silence_s)
+                spoke_s = time.monotonic()
+
+    def _take_ack(self, channel: Channel) -> None:
+        match channel.receive(frames.FromReceiver, self._silence_s):
+            case Ack() if self._num_unacknowledged:
+                self._num_unacknowledged -= 1
+            case Rejected(reason=reason):
+                raise KVTransferError(f"the receiver gave up: {reason}")
+            case other:
+                raise LinkBroken(f"{type(other).__name__} out of turn")
+
+    def _complete(self, channel: Channel, last: KVTransferOrder, first_token_id: int) -> None:
+        while self._num_unacknowledged:
+            self._take_ack(channel)
+        complete = Complete(
+            ticket=self._target.ticket,
+            source_epoch=self._node.epoch,
+            target_epoch=self._target.epoch,
+            num_tokens=len(last.token_ids),
+            first_token_id=first_token_id,
+            digest=digest(self._node.layout, last.token_ids, self._chunks),
+        )
+        channel.send(complete, self._silence_s)
+        match channel.receive(frames.FromReceiver, self._silence_s):
+            case Accepted():
+                return
+            case Rejected(reason=reason):
+                raise KVTransferError(f"the receiver does not accept it: {reason}")
+            case other:
+                raise LinkBroken(f"{type(other).__name__} out of turn")
+
+    def _close(self, ends: list[SendingEnd]) -> None:
+        with self._lock:
+            self._is_closed = True
+            if self._channel is not None:
+                self._channel.close()
+            os.close(self._news)
+        for end in ends:
+            end.close()

@@ -1,0 +1,116 @@
+"""ExchangingRunner: a runner whose batches also carry orders for a KV transport; and how that is opened.
+
+Keeps the order that makes slots safe: KV may land, or leave, only once all steps are computed that were
+scheduled before, because these may still use the same slots. Runs in the worker's thread.
+"""
+
+import logging
+
+import msgspec
+
+from lightllm.cluster_link import cluster_token, new_epoch
+from lightllm.config import Config
+from lightllm.errors import ConfigError
+from lightllm.messages import EngineInfo, KVLayout, ScheduledBatch
+from lightllm.model_config import ModelConfig
+from lightllm.transfer import LANES
+from lightllm.transfer.base import Limits, NullTransport, Transport
+from lightllm.transfer.link import KVLink
+from lightllm.transfer.plan import KVRows
+from lightllm.transfer.shipment import Node
+from lightllm.worker.model_runner import LaunchedStep, ModelRunner, Runner
+
+logger = logging.getLogger(__name__)
+
+
+class ExchangingRunner(Runner):
+    """Runs batches by `runner` and hands their orders to `transport`.
+
+    Attributes:
+        runner: if KV really moves, one that has computed a step when its `launch` returns, as on a CPU.
+        transport: without one, transfers fail.
+    """
+
+    def __init__(self, runner: Runner) -> None:
+        self.runner = runner
+        self.transport: Transport = NullTransport()
+
+    def launch(self, batch: ScheduledBatch) -> LaunchedStep:
+        """Compute one step between the orders that it must come behind and those that come behind it."""
+        for request_id in batch.kv_cancels:
+            self.transport.cancel(request_id)
+        for order in batch.kv_recvs:
+            self.transport.receive(order)
+        step = self.runner.launch(batch)
+        if batch.kv_sends:
+            output = step.result()
+            step = LaunchedStep(lambda: output)
+            for order in batch.kv_sends:
+                first_token_id = None
+                if order.token_ids:
+                    (first_token_id,) = output.token_ids[batch.rows.index(order.row)]
+                self.transport.send(order, first_token_id)
+        endings = self.transport.poll()
+        if not any(endings):
+            return step
+        launched = step
+        return LaunchedStep(
+            lambda: msgspec.structs.replace(
+                launched.result(),
+                kv_received=endings.received,
+                kv_sent=endings.sent,
+                kv_failed=endings.failed,
+            )
+        )
+
+
+def open_kv_link(
+    exchanging: ExchangingRunner,
+    info: EngineInfo,
+    config: Config,
+    model_config: ModelConfig,
+    hashes: tuple[str, str],
+) -> EngineInfo:
+    """Give a runner a KV link, as the flags say.
+
+    Args:
+        hashes: of model and tokenizer.
+    Returns:
+        The engine's description, with what peers must know of the link.
+
+    Raises:
+        ConfigError: the device, the transport or the cluster token cannot be used.
+        BindError: the address is taken.
+    """
+    if not isinstance(exchanging.runner, ModelRunner):
+        raise ConfigError(
+            f"--run_mode {config.server.run_mode} on device {info.device}: KV links of GPUs are not "
+            "implemented in this version; use --device cpu"
+        )
+    chosen = config.pd.kv_transport
+    if chosen != "auto" and chosen not in LANES:
+        raise ConfigError(f"--kv_transport {chosen}: not implemented in this version; use {', '.join(LANES)}")
+    layout = KVLayout(
+        model_hash=hashes[0],
+        tokenizer_hash=hashes[1],
+        vocab_size=model_config.vocab_size,
+        num_layers=model_config.num_hidden_layers,
+        num_kv_heads=model_config.num_key_value_heads,
+        head_dim=model_config.head_dim,
+        dtype=info.dtype,
+        kv_dtype=info.dtype,
+        tp_size=config.parallel.tp,
+        quantization=config.model.quant_type,
+    )
+    node = Node(
+        rows=KVRows(exchanging.runner.kv_pool),
+        layout=layout,
+        token=cluster_token(config.security.cluster_token, config.environment.home),
+        epoch=new_epoch(),
+        lanes=tuple(LANES) if chosen == "auto" else (chosen,),
+        limits=Limits(),
+    )
+    link = KVLink(node, config.server.host, config.pd.kv_port, config.server.advertise_host)
+    logger.info("KV link at %s, by %s (--kv_transport %s)", link.address, " or ".join(node.lanes), chosen)
+    exchanging.transport = link
+    return msgspec.structs.replace(info, kv_address=link.address, kv_layout=layout, kv_epoch=node.epoch)

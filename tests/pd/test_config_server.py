@@ -1,0 +1,122 @@
+"""The directory of pd_masters over real sockets: listed while alive, followed at once, harmless restarts."""
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator
+
+import httpx
+import uvicorn
+
+from lightllm.api.protocol import uvicorn_config
+from lightllm.config_server.app import ConfigServerApp, MasterDirectory
+from lightllm.frontend.directory_client import MasterEntryLink, MasterWatch
+from lightllm.server.config_server_main import _fail
+from tests.pd.harness import TOKEN, until
+
+Lists = list[set[tuple[str, int]]]
+
+
+@contextlib.asynccontextmanager
+async def directory(port: int = 0, key: str = "") -> AsyncIterator[int]:
+    masters = MasterDirectory(TOKEN.encode(), 1)
+    secrets = [text.encode() for text in (TOKEN, key) if text]
+    app = ConfigServerApp(masters, secrets, has_key=bool(key), fail=_fail)
+    listener = socket.create_server(("127.0.0.1", port))
+    config = uvicorn_config(app, version="0", loop="asyncio", web_sockets=app.web_sockets())
+    server = uvicorn.Server(config)
+    server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]
+    task = asyncio.create_task(server.serve(sockets=[listener]))
+    await until(lambda: server.started)
+    try:
+        yield listener.getsockname()[1]
+    finally:
+        for link in [*masters._watchers, *(end._link for _, end in masters._entries.values())]:
+            if link is not None:
+                link.abort("stopped")
+        server.should_exit = server.force_exit = True
+        await task
+        listener.close()
+
+
+def entry(port: int, name: str, at: int, token: str = TOKEN, epoch: int = 1) -> MasterEntryLink:
+    return MasterEntryLink("127.0.0.1", port, token.encode(), name, epoch, advertised=("10.0.0.1", at))
+
+
+def watch(port: int) -> tuple[MasterWatch, Lists]:
+    lists: Lists = []
+    return MasterWatch("127.0.0.1", port, TOKEN.encode(), "node", 1, lists.append), lists
+
+
+def test_masters_come_and_go_and_watchers_hear_of_it_at_once() -> None:
+    async def test() -> None:
+        async with directory() as port:
+            watcher, lists = watch(port)
+            await until(lambda: lists == [set()])
+            one, two = entry(port, "one", 1), entry(port, "two", 2)
+            await until(lambda: lists[-1] == {("10.0.0.1", 1), ("10.0.0.1", 2)})
+            one.stop()
+            await until(lambda: lists[-1] == {("10.0.0.1", 2)})
+            late, its_lists = watch(port)
+            await until(lambda: its_lists == [{("10.0.0.1", 2)}])
+            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+                shown = (await client.get("/pd_masters")).json()
+                assert shown["version"] == 3
+                assert [(m["node_id"], m["host"], m["port"]) for m in shown["pd_masters"]] == [
+                    ("two", "10.0.0.1", 2)
+                ]
+            for thing in (two, watcher, late):
+                thing.stop()
+
+    asyncio.run(test())
+
+
+def test_it_may_restart_and_the_list_comes_back() -> None:
+    async def test() -> None:
+        async with directory() as port:
+            one = entry(port, "one", 1)
+            watcher, lists = watch(port)
+            await until(lambda: bool(lists) and lists[-1] == {("10.0.0.1", 1)})
+        lists.clear()
+        async with directory(port):
+            await until(lambda: bool(lists) and lists[-1] == {("10.0.0.1", 1)})
+            one.stop()
+            watcher.stop()
+
+    asyncio.run(test())
+
+
+def test_a_new_life_of_a_master_replaces_the_old_one() -> None:
+    async def test() -> None:
+        async with directory() as port:
+            watcher, lists = watch(port)
+            old = entry(port, "one", 1)
+            await until(lambda: bool(lists) and lists[-1] == {("10.0.0.1", 1)})
+            old._dialling._task.cancel()  # it will not come back
+            new = entry(port, "one", 2, epoch=2)
+            await until(lambda: lists[-1] == {("10.0.0.1", 2)})
+            await asyncio.sleep(0.1)
+            assert lists[-1] == {("10.0.0.1", 2)}
+            new.stop()
+            watcher.stop()
+
+    asyncio.run(test())
+
+
+def test_the_list_needs_a_key_where_there_is_one_and_links_need_the_token() -> None:
+    async def test() -> None:
+        async with directory(key="a key") as port:
+            liar = entry(port, "liar", 6, token="quite another token")
+            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+                assert (await client.get("/health")).json() == {"message": "Ok"}
+                for secret, status in (("", 401), ("wrong", 401), ("a key", 200), (TOKEN, 200)):
+                    headers = {"authorization": f"Bearer {secret}"} if secret else {}
+                    assert (await client.get("/pd_masters", headers=headers)).status_code == status
+                assert (await client.post("/pd_masters")).status_code == 405
+                assert (await client.get("/generate")).status_code == 404
+                await until(lambda: liar._dialling.refusal is not None)
+                headers = {"authorization": "Bearer a key"}
+                assert (await client.get("/pd_masters", headers=headers)).json()["pd_masters"] == []
+            liar.stop()
+
+    asyncio.run(test())

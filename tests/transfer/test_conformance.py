@@ -1,0 +1,334 @@
+"""What every lane must do, over the table of lanes: a lane that is listed is tested."""
+
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+
+import msgspec
+import pytest
+import torch
+
+from lightllm.transfer import LANES
+from lightllm.transfer.base import NullTransport
+from tests.transfer.nodes import LAYOUT, SOURCE_EPOCH, TARGET_EPOCH, TOKEN, End, Request
+
+
+@pytest.fixture(params=LANES)
+def lane(request):
+    return request.param
+
+
+@pytest.fixture
+def make_end():
+    ends = []
+
+    def make(lanes, epoch, **fields):
+        ends.append(End(lanes, epoch=epoch, seed=epoch, **fields))
+        return ends[-1]
+
+    yield make
+    for end in ends:
+        end.link.close()
+
+
+@pytest.fixture
+def pair(lane, make_end):
+    return make_end((lane,), SOURCE_EPOCH), make_end((lane,), TARGET_EPOCH)
+
+
+def ship(source, request, target, *cuts, **fields):
+    *orders, last = request.orders(target.link.address, *cuts, **fields)
+    for order in orders:
+        source.link.send(order, None)
+    source.link.send(last, 42)
+
+
+def check_arrival(source, target, request):
+    (arrival,) = target.wait().received
+    assert (arrival.request_id, arrival.first_token_id) == (request.request_id, 42)
+    assert source.wait().sent == [request.request_id]
+    sent = source.kv(request.source_slots[request.start :])
+    assert torch.equal(target.kv(request.target_slots), sent)
+
+
+# ------------------------------------------------------------ what arrives
+
+
+@pytest.mark.parametrize(("num_tokens", "start"), [(1, 0), (2, 1), (100, 0), (150, 149), (150, 7)])
+@pytest.mark.parametrize("cuts", [(), (60, 61, 90)])
+def test_all_bytes_arrive_in_their_slots_and_no_others_change(pair, num_tokens, start, cuts):
+    source, target = pair
+    request = Request(num_tokens, start)
+    others = sorted(set(range(200)) - set(request.target_slots))
+    before = target.kv(others)
+    target.link.receive(request.expected())
+    ship(source, request, target, *(cut for cut in cuts if start < cut < num_tokens))
+    check_arrival(source, target, request)
+    assert torch.equal(target.kv(others), before)
+
+
+def test_a_sender_may_come_before_its_order_and_may_take_its_time(pair):
+    source, target = pair
+    request = Request()
+    first, last = request.orders(target.link.address, 50)
+    source.link.send(first, None)
+    time.sleep(0.2)
+    target.link.receive(request.expected())
+    time.sleep(1.3)  # longer than a peer may be silent: it says that it lives
+    assert not any(source.link.poll())
+    source.link.send(last, 42)
+    check_arrival(source, target, request)
+
+
+def test_many_at_once_do_not_mix(pair):
+    source, target = pair
+    requests = [Request(20 + i, 0, f"r{i}", f"ticket-{i:010}") for i in range(6)]
+    for i, request in enumerate(requests):  # slots of their own
+        request.target_slots = list(range(1 + 30 * i, 1 + 30 * i + 20 + i))
+        target.link.receive(request.expected())
+    for request in requests:
+        ship(source, request, target, 10)
+    target.wait(len(requests))
+    source.wait(len(requests))
+    assert not target.endings.failed
+    for request in requests:
+        assert torch.equal(target.kv(request.target_slots), source.kv(request.source_slots))
+
+
+# ------------------------------------------------------------ ends
+
+
+def test_after_a_cancelled_receipt_no_byte_lands(pair):
+    source, target = pair
+    request = Request()
+    target.link.receive(request.expected())
+    first, last = request.orders(target.link.address, 50)
+    source.link.send(first, None)
+    time.sleep(0.1)
+    target.link.cancel("r")
+    assert target.wait().failed[0].reason == "cancelled"
+    before = target.kv(list(range(200)))
+    source.link.send(last, 42)
+    assert source.wait().failed
+    assert torch.equal(target.kv(list(range(200))), before)
+    target.link.cancel("r")
+    assert not any(target.link.poll())
+
+
+def test_a_cancelled_shipment_fails_at_once_at_both_ends(pair):
+    source, target = pair
+    request = Request()
+    target.link.receive(request.expected())
+    source.link.send(request.orders(target.link.address, 50)[0], None)
+    time.sleep(0.1)
+    source.link.cancel("r")
+    assert source.wait(limit_s=0.1).failed[0].reason == "cancelled"
+    assert "closed the connection" in target.reason()
+
+
+def test_a_later_order_of_a_failed_shipment_means_nothing(pair):
+    source, target = pair
+    first, last = Request().orders(target.link.address, 50)
+    source.link.send(first, None)  # nobody expects it
+    assert "no transfer is expected" in source.reason()
+    source.link.send(last, 42)
+    time.sleep(0.05)
+    assert not any(source.link.poll())
+
+
+@pytest.fixture
+def half_sent(lane, make_end):
+    """A receiver that has got half of a request from a process, and that process."""
+    target = make_end((lane,), TARGET_EPOCH)
+    request = Request()
+    target.link.receive(request.expected())
+    command = [sys.executable, "-m", "tests.transfer.nodes", lane, target.link.address, str(TARGET_EPOCH)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE)
+    before = target.kv(request.target_slots)
+    until_s = time.monotonic() + 30
+    while torch.equal(target.kv(request.target_slots)[:, 49], before[:, 49]):
+        assert time.monotonic() < until_s
+        time.sleep(0.01)
+    yield target, process, request
+    process.kill()
+    process.communicate()
+
+
+def test_a_killed_sender_is_noticed_at_once(half_sent):
+    target, process, _ = half_sent
+    process.send_signal(signal.SIGKILL)
+    assert "closed the connection" in target.wait(limit_s=0.5).failed[0].reason
+
+
+def test_a_frozen_sender_is_given_up_and_cannot_write_when_it_wakes(half_sent):
+    target, process, request = half_sent
+    process.send_signal(signal.SIGSTOP)
+    assert "silent for too long" in target.wait(limit_s=2.0).failed[0].reason
+    before = target.kv(request.target_slots)
+    process.send_signal(signal.SIGCONT)
+    time.sleep(0.3)
+    assert torch.equal(target.kv(request.target_slots), before)
+
+
+def test_a_silent_receiver_is_given_up(lane, make_end):
+    source = make_end((lane,), SOURCE_EPOCH)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        ship(source, Request(), source, epoch=1)  # against its own link: refused
+        assert "not 1" in source.reason()
+        request = Request(request_id="other")
+        address = f"tcp://127.0.0.1:{silent.getsockname()[1]}"
+        source.link.send(request.orders(address)[0], 42)
+        assert "silent for too long" in source.wait(2).failed[1].reason
+
+
+# ------------------------------------------------------------ what does not belong together
+
+
+def test_a_wrong_ticket_is_refused_and_the_right_one_still_works(pair):
+    source, target = pair
+    target.link.receive(Request().expected())
+    ship(source, Request(ticket="another-0123456789"), target)
+    assert "no transfer is expected under this ticket" in source.reason()
+    ship(source, Request(), target)
+    assert target.wait().received
+    ship(source, Request(), target)  # used
+    source.wait(3)
+    assert len(source.endings.failed) == 2
+
+
+def test_messages_of_a_former_life_are_refused(pair):
+    source, target = pair
+    target.link.receive(Request().expected(epoch=SOURCE_EPOCH + 1))
+    ship(source, Request(), target)
+    assert "not 71" in source.reason()
+    ship(source, Request(), target, epoch=TARGET_EPOCH + 1)
+    assert "the node was restarted" in source.wait(2).failed[1].reason
+    assert not any(target.link.poll())
+
+
+def test_layouts_that_differ_are_shown_at_both_ends(lane, make_end):
+    source = make_end((lane,), SOURCE_EPOCH, layout=msgspec.structs.replace(LAYOUT, kv_dtype="bfloat16"))
+    target = make_end((lane,), TARGET_EPOCH)
+    target.link.receive(Request().expected())
+    ship(source, Request(), target)
+    shown = "kv_dtype: here 'float32', there 'bfloat16'"
+    assert shown in source.reason()
+    assert shown in target.reason()
+
+
+def test_other_tokens_or_fewer_are_not_accepted(pair):
+    source, target = pair
+    request = Request()
+    target.link.receive(request.expected(token_ids=[*request.token_ids[:-1], 98]))
+    ship(source, request, target)
+    assert "does not match: digest" in target.reason()
+    assert "does not match: digest" in source.reason()
+
+
+def test_another_first_position_is_refused(pair):
+    source, target = pair
+    target.link.receive(Request(100, 10).expected())
+    ship(source, Request(100, 9), target)
+    assert "first position: here 10, there 9" in target.reason()
+    assert source.wait().failed
+
+
+def test_without_the_token_nothing_is_sent(lane, make_end):
+    source = make_end((lane,), SOURCE_EPOCH, token=TOKEN[::-1])
+    target = make_end((lane,), TARGET_EPOCH)
+    target.link.receive(Request().expected())
+    ship(source, Request(), target)
+    assert "cluster tokens differ" in source.reason()
+    assert not any(target.link.poll())
+
+
+def test_two_that_have_no_lane_in_common(make_end):
+    source, target = make_end(("tcp",), SOURCE_EPOCH), make_end(("shm",), TARGET_EPOCH)
+    target.link.receive(Request().expected())
+    ship(source, Request(), target)
+    assert "no common --kv_transport: tcp: not allowed here" in source.reason()
+    assert target.wait().failed
+
+
+def test_the_first_common_lane_is_taken(make_end):
+    source, target = make_end(("shm", "tcp"), SOURCE_EPOCH), make_end(("tcp",), TARGET_EPOCH)
+    request = Request()
+    target.link.receive(request.expected())
+    ship(source, request, target)
+    check_arrival(source, target, request)
+
+
+# ------------------------------------------------------------ strangers
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        os.urandom(5000),
+        struct.pack("<I", 2**31),
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(500),
+        b"GET / HTTP/1.1\r\n\r\n",
+        struct.pack("<I", 3) + b"\x80\x04N",
+        b"",
+    ],
+    ids=["random", "oversize", "tls", "http", "pickle", "nothing"],
+)
+def test_strangers_are_turned_away_and_harm_nobody(pair, data):
+    source, target = pair
+    host, port = target.link.address.removeprefix("tcp://").split(":")
+    with socket.create_connection((host, int(port))) as stranger:
+        stranger.sendall(data)
+        stranger.shutdown(socket.SHUT_WR)
+        stranger.settimeout(5)
+        try:
+            while stranger.recv(4096):
+                pass
+        except ConnectionResetError:
+            pass
+    target.link.receive(Request().expected())
+    ship(source, Request(), target)
+    check_arrival(source, target, Request())
+
+
+def test_a_thousand_connections_that_reset_leave_nothing(pair):
+    source, target = pair
+    host, port = target.link.address.removeprefix("tcp://").split(":")
+    for _ in range(1000):
+        stranger = socket.create_connection((host, int(port)))
+        stranger.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        stranger.close()
+    target.link.receive(Request().expected())
+    ship(source, Request(), target)
+    check_arrival(source, target, Request())
+    until_s = time.monotonic() + 5
+    while target.link._num_connections:
+        assert time.monotonic() < until_s
+        time.sleep(0.01)
+
+
+def test_no_file_is_left_open(pair):
+    source, target = pair
+    before = None
+    for i in range(4):
+        request = Request(50, 0, f"r{i}", f"ticket-{i:010}")
+        target.link.receive(request.expected())
+        ship(source, request, target, 20)
+        target.wait(i + 1)
+        source.wait(i + 1)
+        time.sleep(0.1)
+        before = before or len(os.listdir("/proc/self/fd"))
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_node_without_a_link_fails_both_ways():
+    transport, request = NullTransport(), Request()
+    transport.receive(request.expected())
+    for order in request.orders("tcp://127.0.0.1:1", 50):
+        transport.send(order, 1)
+    transport.cancel("r")
+    assert [failure.reason for failure in transport.poll().failed] == [NullTransport.REASON] * 2
+    assert not any(transport.poll())
