@@ -392,8 +392,6 @@ class ChildFailed(Message):
     exit_code: int = 1
 
 
-
-
 ToEngine = EngineRequest | AbortRequest | AbortAll | RenewLeases | Ping
 FromEngine = EngineOutput | KVReserved | Pong
 ToChild = ChildConfig | EngineUp | EngineDown | Drain

@@ -6,7 +6,7 @@ The same codec and the same rules. L0.
     machine 0 --ToMachine--> other machines of a node;         machine 0 <--FromMachine-- other machines
 """
 
-from lightllm.messages import EngineInfo, KVFailure, Message, ScheduledBatch, StepOutput
+from lightllm.messages import EngineInfo, KVArrival, KVFailure, Message, ScheduledBatch, StepOutput
 
 # ---------------------------------------------------------------- engine <-> its worker processes
 
@@ -56,7 +56,7 @@ class RankTransfers(Message, frozen=True):
 
     rank: int
     kv_sent: list[str] = []
-    kv_received: list[str] = []
+    kv_received: list[KVArrival] = []
     kv_failed: list[KVFailure] = []
 
 

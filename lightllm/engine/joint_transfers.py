@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from lightllm.messages import KVFailure, StepOutput
+from lightllm.messages import KVArrival, KVFailure, StepOutput
 
 
 @dataclass(slots=True)
@@ -30,18 +30,17 @@ class JointTransfers:
         self._size = size
         self._open: dict[str, _Transfer] = {}
         self._sent: list[str] = []
-        self._received: list[str] = []
+        self._received: list[KVArrival] = []
         self._failed: list[KVFailure] = []
 
-    def note(self, rank: int, sent: list[str], received: list[str], failed: list[KVFailure]) -> None:
+    def note(self, rank: int, sent: list[str], received: list[KVArrival], failed: list[KVFailure]) -> None:
         """Take one rank's report."""
         for failure in failed:
             transfer = self._open.setdefault(failure.request_id, _Transfer())
             transfer.reason = transfer.reason or f"rank {rank}: {failure.reason}"
-            self._end(failure.request_id, rank, self._received)
-        for request_ids, ended in ((sent, self._sent), (received, self._received)):
-            for request_id in request_ids:
-                self._end(request_id, rank, ended)
+            self._end(failure.request_id, rank)
+        self._sent += [request_id for request_id in sent if self._end(request_id, rank)]
+        self._received += [arrival for arrival in received if self._end(arrival.request_id, rank)]
 
     def joined(self, output: StepOutput) -> StepOutput:
         """The leader's output, with what has ended on all ranks in the place of what it has seen itself."""
@@ -53,13 +52,13 @@ class JointTransfers:
         self._sent, self._received, self._failed = [], [], []
         return msgspec.structs.replace(output, kv_sent=sent, kv_received=received, kv_failed=failed)
 
-    def _end(self, request_id: str, rank: int, ended: list[str]) -> None:
+    def _end(self, request_id: str, rank: int) -> bool:
+        """Whether it has now ended on all ranks, and well."""
         transfer = self._open.setdefault(request_id, _Transfer())
         transfer.ranks.add(rank)
         if len(transfer.ranks) < self._size:
-            return
+            return False
         del self._open[request_id]
-        if transfer.reason is None:
-            ended.append(request_id)
-        else:
+        if transfer.reason is not None:
             self._failed.append(KVFailure(request_id=request_id, reason=transfer.reason))
+        return transfer.reason is None

@@ -32,7 +32,8 @@ from lightllm.rank_messages import (
     WorkerConfig,
 )
 from lightllm.server.child import Parent, read_frame, settle_memory
-from lightllm.server.model_files import describe_model, open_weights
+from lightllm.server.fingerprint import model_fingerprint, tokenizer_fingerprint
+from lightllm.server.model_files import describe_model, open_weights, tokenizer_files
 
 if TYPE_CHECKING:
     from lightllm.device.base import Device
@@ -131,7 +132,11 @@ def _load(config: Config, place: WorkerConfig, outbox: Outbox) -> "Worker":
         outbox.send(RankProgress(rank=place.rank, stage=stage, done=done, total=total))
 
     source = open_weights(description)
-    return Worker.load(config, description.config, source, report, device=device, parallel=parallel)
+    worker = Worker.load(config, description.config, source, report, device=device, parallel=parallel)
+    if config.moves_kv:
+        hashes = model_fingerprint(description), tokenizer_fingerprint(tokenizer_files(config))
+        worker.open_kv_link(config, description.config, hashes, parallel)
+    return worker
 
 
 def _join(config: Config, place: WorkerConfig, device: "Device") -> "Parallel":
