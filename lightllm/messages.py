@@ -5,10 +5,10 @@ ever parsed. Mutable state (scheduler requests, tensors) never appears here. Tim
 Unix seconds, because monotonic clocks of two processes or hosts do not compare.
 
     frontend  --ToEngine-->    engine  --ScheduledBatch--> worker
-    frontend  <--FromEngine--  engine  <--FromRank-------  worker
+    frontend  <--FromEngine--  engine  <--StepOutput-----  worker
     supervisor --ToChild--> frontend, engine;   supervisor <--FromChild-- frontend, engine
-    engine     --ToChild--> worker process of its own
-    machine 0  --ToMachine--> other machines of a node;   machine 0 <--FromMachine-- other machines
+
+What processes of several ranks and machines say beside that is in rank_messages.py.
 """
 
 from typing import Any
@@ -392,30 +392,9 @@ class ChildFailed(Message):
     exit_code: int = 1
 
 
-# ---------------------------------------------------------------- engine <-> its worker processes
-
-
-class WorkerConfig(Message):
-    """First frame on a worker process's stdin: its configuration (JSON of the config struct) and its place.
-
-    Batches come from `address`, everything it has to say goes to `reply_address`. The ranks meet at
-    `meeting`: the path of a file where all are on one machine, else host:port of rank 0; `host` is where the
-    others reach this machine.
-    """
-
-    config: bytes
-    rank: int
-    local_rank: int
-    local_size: int
-    address: str
-    reply_address: str
-    meeting: str
-    host: str = "127.0.0.1"
-
-
 ToEngine = EngineRequest | AbortRequest | AbortAll | RenewLeases | Ping
 FromEngine = EngineOutput | KVReserved | Pong
-ToChild = ChildConfig | WorkerConfig | EngineUp | EngineDown | Drain
+ToChild = ChildConfig | EngineUp | EngineDown | Drain
 FromChild = ChildProgress | ChildReady | ChildFailed
 
 _ENCODER = msgspec.msgpack.Encoder()

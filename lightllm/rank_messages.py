@@ -1,10 +1,32 @@
-"""What the worker processes of a node, and the machines that they run on, tell each other.
+"""What crosses process borders only where a model is spread over several ranks; messages.py has the rest.
 
-Frozen structs as in messages.py, with its codec. Used by the engine's executor of several ranks, by the ranks
-and by the machines beside the first.
+The same codec and the same rules. L0.
+
+    engine    --WorkerConfig, ScheduledBatch--> worker process;   engine <--FromRank-- worker process
+    machine 0 --ToMachine--> other machines of a node;         machine 0 <--FromMachine-- other machines
 """
 
-from lightllm.messages import EngineInfo, Message, ScheduledBatch, StepOutput
+from lightllm.messages import EngineInfo, KVArrival, KVFailure, Message, ScheduledBatch, StepOutput
+
+# ---------------------------------------------------------------- engine <-> its worker processes
+
+
+class WorkerConfig(Message, frozen=True):
+    """First frame on a worker process's stdin: its configuration (JSON of the config struct) and its place.
+
+    Batches come from `address`, everything it has to say goes to `reply_address`. The ranks meet at
+    `meeting`: the path of a file where all are on one machine, else host:port of rank 0; `host` is where the
+    others reach this machine.
+    """
+
+    config: bytes
+    rank: int
+    local_rank: int
+    local_size: int
+    address: str
+    reply_address: str
+    meeting: str
+    host: str = "127.0.0.1"
 
 
 class RankProgress(Message, frozen=True):
@@ -29,6 +51,15 @@ class RankAlive(Message, frozen=True):
     rank: int
 
 
+class RankTransfers(Message, frozen=True):
+    """What became of KV transfers on a rank that is not the leader; as in StepOutput."""
+
+    rank: int
+    kv_sent: list[str] = []
+    kv_received: list[KVArrival] = []
+    kv_failed: list[KVFailure] = []
+
+
 class RankFailed(Message, frozen=True):
     """A rank's last words. `is_cause` is False if all it can say is that another rank is gone."""
 
@@ -36,6 +67,9 @@ class RankFailed(Message, frozen=True):
     message: str
     exit_code: int = 1
     is_cause: bool = True
+
+
+# ---------------------------------------------------------------- machine 0 <-> the other machines of a node
 
 
 class MachineHello(Message, frozen=True):
@@ -57,6 +91,6 @@ class MachineAlive(Message, frozen=True):
     """Sent every second in both directions."""
 
 
+FromRank = RankProgress | RankReady | RankAlive | RankTransfers | RankFailed | StepOutput
 ToMachine = MachineWelcome | MachineAlive | ScheduledBatch
-FromRank = RankProgress | RankReady | RankAlive | RankFailed | StepOutput
 FromMachine = MachineHello | MachineAlive | FromRank

@@ -123,12 +123,6 @@ def _not_built(config: Config, device: str, spelled: dict[str, str]) -> list[str
         stage = stages.get(value, spec.flag.stage) if stages else spec.flag.stage
         if stage not in BUILT_STAGES and value != spec.default and value != computed.get(spec.name):
             found.append(_refusal(spec, value, spelled.get(spec.name, "")))
-    mode, num_ranks = config.server.run_mode, config.parallel.tp
-    if config.moves_kv and num_ranks > 1:
-        found.append(
-            f"--tp: not implemented in this version with --run_mode {mode} (got {num_ranks}; KV between "
-            "nodes of several ranks comes later; use --tp 1)"
-        )
     return found
 
 

@@ -29,7 +29,7 @@ UNIONS = {
     "ToWatcher": cluster_messages.ToWatcher,
 }
 # Sent between engine and worker, where the direction alone tells the type.
-DIRECT = {messages.ScheduledBatch, messages.StepOutput}
+DIRECT = {messages.ScheduledBatch, messages.StepOutput, rank_messages.WorkerConfig}
 MODULES = (messages, rank_messages, cluster_messages)
 STRUCTS = {
     value

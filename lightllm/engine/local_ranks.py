@@ -17,8 +17,7 @@ import zmq
 
 from lightllm import messages
 from lightllm.config import Config, encode_config
-from lightllm.messages import WorkerConfig
-from lightllm.rank_messages import RankFailed
+from lightllm.rank_messages import RankFailed, WorkerConfig
 
 EXIT_GRACE_S = 3.0
 LENGTH = struct.Struct("<I")

@@ -12,16 +12,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+import msgspec
 import zmq
 
 from lightllm import messages
 from lightllm.config import Config
 from lightllm.engine.executor import Executor
+from lightllm.engine.joint_transfers import JointTransfers
 from lightllm.engine.local_ranks import LocalRanks
 from lightllm.engine.machines import Machines
 from lightllm.errors import BindError, ConfigError, LightLLMError, ModelLoadError, WorkerDied
 from lightllm.messages import EngineInfo, ScheduledBatch, StepOutput
-from lightllm.rank_messages import FromRank, RankAlive, RankFailed, RankProgress, RankReady
+from lightllm.rank_messages import FromRank, RankAlive, RankFailed, RankProgress, RankReady, RankTransfers
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +69,7 @@ class ProcessExecutor(Executor):
         self._progress = _JointProgress(config.parallel.tp, progress)
         self._infos: dict[int, EngineInfo] = {}
         self._outputs: dict[int, StepOutput] = {}
+        self._transfers = JointTransfers(config.parallel.tp)
         self._heard_s: dict[int, float] = {}
         self._failures: dict[int, RankFailed] = {}
         self._failed_s = 0.0
@@ -98,10 +101,13 @@ class ProcessExecutor(Executor):
         """Wait for a step; raises WorkerDied if it will not come."""
         while step_id not in self._outputs:
             self._receive(CHECK_INTERVAL_S)
-        return self._outputs.pop(step_id)
+        return self._transfers.joined(self._outputs.pop(step_id))
 
     def info(self) -> EngineInfo:
-        return self._infos[0]
+        """The leader's; `kv_address` has the addresses of all ranks, in their order."""
+        addresses = [self._infos[rank].kv_address for rank in sorted(self._infos)]
+        kv_address = ",".join(addresses) if all(addresses) else ""
+        return msgspec.structs.replace(self._infos[0], kv_address=kv_address)
 
     def check(self) -> None:
         if time.monotonic() - self._checked_s > CHECK_INTERVAL_S:
@@ -129,6 +135,8 @@ class ProcessExecutor(Executor):
         match message:
             case StepOutput(step_id=step_id):
                 self._outputs[step_id] = message
+            case RankTransfers(rank=rank):
+                self._transfers.note(rank, message.kv_sent, message.kv_received, message.kv_failed)
             case RankAlive(rank=rank):
                 self._heard_s[rank] = time.monotonic()
             case RankReady(rank=rank, info=info):

@@ -10,6 +10,7 @@ import os
 import struct
 import threading
 from collections.abc import Callable
+from typing import Any
 
 from lightllm import messages
 from lightllm.messages import ChildConfig, FromChild, ToChild
@@ -26,8 +27,8 @@ def frame(message: ToChild | FromChild) -> bytes:
     return LENGTH.pack(len(data)) + data
 
 
-def read_frame(fd: int) -> ToChild | None:
-    """Read one frame; None at the end of the stream. Blocks."""
+def read_frame(fd: int, kind: Any = ToChild) -> Any:
+    """Read one frame with a message of that type; None at the end of the stream. Blocks."""
     head = _read_exactly(fd, LENGTH.size)
     if head is None:
         return None
@@ -35,7 +36,7 @@ def read_frame(fd: int) -> ToChild | None:
     if length > MAX_FRAME_BYTES:
         raise ValueError(f"a frame of {length} bytes from the supervisor; the limit is {MAX_FRAME_BYTES}")
     data = _read_exactly(fd, length)
-    return None if data is None else messages.decode(data, ToChild)
+    return None if data is None else messages.decode(data, kind)
 
 
 def _read_exactly(fd: int, size: int) -> bytes | None:

@@ -19,7 +19,7 @@ from lightllm.engine.executor import Executor, InProcessExecutor
 from lightllm.engine.link import ZmqLink
 from lightllm.engine.process_executor import ProcessExecutor
 from lightllm.engine.stats import StatsLog
-from lightllm.errors import ConfigError, LightLLMError
+from lightllm.errors import LightLLMError
 from lightllm.logs import setup_logging
 from lightllm.messages import ChildConfig, ChildFailed, ChildProgress, ChildReady, EngineInfo, EngineStats
 from lightllm.scheduler.config import SchedulerConfig
@@ -93,11 +93,6 @@ def _make_executor(
     config: Config, child: ChildConfig, description: ModelDescription, parent: Parent
 ) -> Executor:
     """The worker in a thread of this process, or one process for each of several ranks."""
-    if config.moves_kv and config.parallel.tp > 1:
-        raise ConfigError(
-            f"--run_mode {config.server.run_mode} with --tp {config.parallel.tp}: KV between nodes of "
-            "several ranks is not implemented in this version; use --tp 1"
-        )
     if config.parallel.tp == 1:
         return InProcessExecutor(partial(_load_worker, config, description, parent))
     directory = Path(child.address.removeprefix("ipc://")).parent
@@ -107,13 +102,14 @@ def _make_executor(
 
 def _load_worker(config: Config, description: ModelDescription, parent: Parent) -> "Worker":
     parent.send(ChildProgress(stage="importing torch"))
+    from lightllm.distributed.parallel_state import Parallel
     from lightllm.worker.worker import Worker  # torch is imported here and nowhere above
 
     source = open_weights(description)
     worker = Worker.load(config, description.config, source, lambda *report: parent.send(_progress(*report)))
     if config.moves_kv:
         hashes = model_fingerprint(description), tokenizer_fingerprint(tokenizer_files(config))
-        worker.open_kv_link(config, description.config, *hashes)
+        worker.open_kv_link(config, description.config, hashes, Parallel())
     return worker
 
 

@@ -21,10 +21,19 @@ from lightllm.config import Config, decode_config
 from lightllm.engine.machine_link import listen_on
 from lightllm.errors import LightLLMError, WorkerDied
 from lightllm.logs import setup_logging
-from lightllm.messages import ScheduledBatch, WorkerConfig
-from lightllm.rank_messages import FromRank, RankAlive, RankFailed, RankProgress, RankReady
+from lightllm.messages import ScheduledBatch
+from lightllm.rank_messages import (
+    FromRank,
+    RankAlive,
+    RankFailed,
+    RankProgress,
+    RankReady,
+    RankTransfers,
+    WorkerConfig,
+)
 from lightllm.server.child import Parent, read_frame, settle_memory
-from lightllm.server.model_files import describe_model, open_weights
+from lightllm.server.fingerprint import model_fingerprint, tokenizer_fingerprint
+from lightllm.server.model_files import describe_model, open_weights, tokenizer_files
 
 if TYPE_CHECKING:
     from lightllm.device.base import Device
@@ -44,8 +53,8 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C on the terminal is the supervisor's business
     die_with_parent()
     parent = Parent()
-    worker = read_frame(0)
-    if not isinstance(worker, WorkerConfig):
+    worker: WorkerConfig | None = read_frame(0, WorkerConfig)
+    if worker is None:
         return 1  # the owner has already gone
     config = decode_config(worker.config)
     setup_logging(config.observability.log_format, config.observability.log_level, f"worker-{worker.rank}")
@@ -103,11 +112,9 @@ def _serve(
     worker = _load(config, place, outbox)
     settle_memory()
     outbox.send(RankReady(rank=place.rank, info=worker.info()))
-    answers = Answers(outbox, place.rank) if place.rank == 0 else None
+    answers = Answers(outbox, place.rank)
     while True:
-        step = worker.launch(decoder.decode(inbox.recv()))
-        if answers is not None:
-            answers.put(step)
+        answers.put(worker.launch(decoder.decode(inbox.recv())))
 
 
 def _load(config: Config, place: WorkerConfig, outbox: Outbox) -> "Worker":
@@ -125,7 +132,11 @@ def _load(config: Config, place: WorkerConfig, outbox: Outbox) -> "Worker":
         outbox.send(RankProgress(rank=place.rank, stage=stage, done=done, total=total))
 
     source = open_weights(description)
-    return Worker.load(config, description.config, source, report, device=device, parallel=parallel)
+    worker = Worker.load(config, description.config, source, report, device=device, parallel=parallel)
+    if config.moves_kv:
+        hashes = model_fingerprint(description), tokenizer_fingerprint(tokenizer_files(config))
+        worker.open_kv_link(config, description.config, hashes, parallel)
+    return worker
 
 
 def _join(config: Config, place: WorkerConfig, device: "Device") -> "Parallel":
@@ -156,7 +167,11 @@ def _beat(outbox: Outbox, rank: int) -> None:
 
 
 class Answers:
-    """Sends the results of steps in their order, from a thread that may wait for the device."""
+    """Sends what steps brought in their order, from a thread that may wait for the device.
+
+    The leader sends all of it. The others' tokens are the leader's; what they alone know is how far their
+    part of a KV transfer is.
+    """
 
     def __init__(self, outbox: Outbox, rank: int) -> None:
         self._outbox, self._rank = outbox, rank
@@ -177,7 +192,17 @@ class Answers:
                 self._outbox.send(RankFailed(rank=self._rank, message=f"rank {self._rank}: {_words(error)}"))
                 self._outbox.close()
                 os._exit(1)
-            self._outbox.send(output)
+            if self._rank == 0:
+                self._outbox.send(output)
+            elif output.kv_sent or output.kv_received or output.kv_failed:
+                self._outbox.send(
+                    RankTransfers(
+                        rank=self._rank,
+                        kv_sent=output.kv_sent,
+                        kv_received=output.kv_received,
+                        kv_failed=output.kv_failed,
+                    )
+                )
 
 
 def _words(error: Exception) -> str:

@@ -40,6 +40,7 @@ class Node:
     """What all transfers of this node have in common.
 
     Attributes:
+        rank: of those that share the model; each moves its part of the KV to and from the same rank there.
         lanes: names, in the order in which they are tried.
         spare_ends: what senders reuse.
         epoch: of this life of the KV link.
@@ -52,6 +53,7 @@ class Node:
     lanes: tuple[str, ...]
     spare_ends: SpareEnds
     limits: Limits
+    rank: int = 0
 
 
 class Shipment:
@@ -133,7 +135,12 @@ class Shipment:
         return self._node.limits.silence_s
 
     def _dial(self) -> Channel:
-        scheme, _, place = self._target.address.partition("://")
+        addresses = self._target.address.split(",")  # one for each rank
+        if len(addresses) != self._node.layout.tp_size:
+            raise KVTransferError(
+                f"{self._target.node_id} has {len(addresses)} ranks, here are {self._node.layout.tp_size}"
+            )
+        scheme, _, place = addresses[self._node.rank].partition("://")
         host, _, port = place.rpartition(":")
         if scheme != "tcp" or not port.isdigit():
             raise KVTransferError(f"{self._target.address!r} is no address of a KV link (tcp://HOST:PORT)")

@@ -8,7 +8,7 @@ import logging
 
 import msgspec
 
-from lightllm.cluster_link import cluster_token, new_epoch
+from lightllm.cluster_link import cluster_token
 from lightllm.config import Config
 from lightllm.errors import ConfigError
 from lightllm.messages import EngineInfo, KVLayout, ScheduledBatch
@@ -71,11 +71,14 @@ def open_kv_link(
     config: Config,
     model_config: ModelConfig,
     hashes: tuple[str, str],
+    rank: int,
+    epoch: int,
 ) -> EngineInfo:
     """Give a runner a KV link, as the flags say.
 
     Args:
         hashes: of model and tokenizer.
+        rank, epoch: of this rank, and of this life of the node: the same number on all ranks.
     Returns:
         The engine's description, with what peers must know of the link.
 
@@ -109,11 +112,13 @@ def open_kv_link(
         spare_ends=SpareEnds(rows.block_bytes),
         layout=layout,
         token=cluster_token(config.security.cluster_token, config.environment.home),
-        epoch=new_epoch(),
+        epoch=epoch,
         lanes=tuple(LANES) if chosen == "auto" else (chosen,),
         limits=Limits(),
+        rank=rank,
     )
-    link = KVLink(node, config.server.host, config.pd.kv_port, config.server.advertise_host)
+    port = config.pd.kv_port + rank if config.pd.kv_port else 0
+    link = KVLink(node, config.server.host, port, config.server.advertise_host)
     logger.info("KV link at %s, by %s (--kv_transport %s)", link.address, " or ".join(node.lanes), chosen)
     exchanging.transport = link
     return msgspec.structs.replace(info, kv_address=link.address, kv_layout=layout, kv_epoch=node.epoch)

@@ -14,6 +14,7 @@ import torch
 
 from lightllm.attention.base import AttentionBackend
 from lightllm.attention.registry import select_backend, select_cuda_backend
+from lightllm.cluster_link import new_epoch
 from lightllm.config import Config
 from lightllm.device.base import Device, make_device
 from lightllm.device.kv_pool import KVPool
@@ -112,16 +113,17 @@ class Worker:
         return self._runner.launch(batch)
 
     def open_kv_link(
-        self, config: Config, model_config: ModelConfig, model_hash: str, tokenizer_hash: str
+        self, config: Config, model_config: ModelConfig, hashes: tuple[str, str], parallel: Parallel
     ) -> None:
-        """Let KV move between this node and others, whose hashes must be the same.
+        """Let KV move between this node and others, whose hashes of model and tokenizer must be the same.
 
         Raises:
             ConfigError: this device or transport cannot, or the cluster token cannot be used.
             BindError: --kv_port is taken.
         """
-        hashes = (model_hash, tokenizer_hash)
-        self._info = open_kv_link(self._runner, self._info, config, model_config, hashes)
+        epoch = parallel.collectives.smallest(new_epoch())  # one number for all ranks
+        rank = parallel.rank
+        self._info = open_kv_link(self._runner, self._info, config, model_config, hashes, rank, epoch)
 
     def info(self) -> EngineInfo:
         """What was loaded, where, and its capacity."""

@@ -1,0 +1,55 @@
+"""Prefill and decode nodes of two ranks each: tokens as from one engine alone."""
+
+import os
+import signal
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from lightllm.sampling_params import SamplingParams
+from lightllm.server.model_files import locate_model, open_tokenizer
+from tests.e2e.kv_nodes import EngineNode, Pair, node_config
+from tests.e2e.test_kv_between_engines import GREEDY, SAMPLED, TEXT, Single, idle
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.xdist_group("kv_nodes")]
+
+
+def two_ranks(role):
+    config = node_config(role)
+    parallel = msgspec.structs.replace(config.parallel, tp=2)
+    return msgspec.structs.replace(config, parallel=parallel)
+
+
+@pytest.fixture
+def pair(tmp_path):
+    nodes = [EngineNode(two_ranks(role), tmp_path) for role in ("prefill", "decode")]
+    yield Pair(*nodes)
+    for node in nodes:
+        node.close()
+
+
+def ranks_of(node):
+    pid = node.process.pid
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [
+        int(child) for child in children if b"lightllm.worker" in Path(f"/proc/{child}/cmdline").read_bytes()
+    ]
+
+
+def test_each_rank_moves_its_own_part(pair):
+    assert pair.decode.info.kv_address.count("tcp://") == 2
+    assert pair.prefill.info.kv_layout.tp_size == 2
+    single = Single(pair.prefill)
+    tokens = open_tokenizer(locate_model()).encode("".join(f"{i}. {TEXT}" for i in range(20)))
+    prompts = [tokens[n : 2 * n] for n in (1, 17, 129, 400)]
+    found = [pair.finish(name) for name in [pair.start(prompt, GREEDY) for prompt in prompts]]
+    assert found == [single(prompt, GREEDY) for prompt in prompts]
+    assert pair.run(tokens[700:800], SAMPLED) == single(tokens[700:800], SAMPLED)
+    idle(pair.prefill)
+    idle(pair.decode)
+    # A node that loses a rank is gone as a whole; the other one computes the prompt itself or fails it.
+    os.kill(ranks_of(pair.prefill)[1], signal.SIGKILL)
+    assert pair.prefill.process.wait(timeout=10) == 1
+    alone = SamplingParams(max_new_tokens=4, ignore_eos=True)
+    assert Single(pair.decode)(prompts[1], alone) == found[1][:4]
