@@ -138,6 +138,12 @@ def _choose_dtype(config: Config, model_config: ModelConfig, device: Device) -> 
 
 def _keeps_packed(config: Config, ops: Ops) -> bool:
     """Whether quantised weights stay so: where that is fast, unless a dtype is asked for; and where asked."""
+    if config.model.quant_type != "none" and not ops.computes_packed:
+        logger.warning(
+            "--quant_type %s without C kernels: weights are unpacked anew in every step, which takes seconds "
+            "for each billion of them; install a C compiler and the package again, or leave --quant_type out",
+            config.model.quant_type,
+        )
     return config.model.quant_type != "none" or (ops.computes_packed and config.model.dtype == "auto")
 
 
