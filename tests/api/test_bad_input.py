@@ -352,7 +352,7 @@ def test_routes_and_methods() -> None:
     async def test(app: Asgi) -> None:
         for method, path, status, code in [
             ("GET", "/nope", 404, "not_found"),
-            ("GET", "/cluster", 404, "not_found"),
+            ("GET", "/cluster", 404, "wrong_role"),
             ("POST", "/v1/embeddings", 404, "not_implemented"),
             ("GET", "/generate", 405, "method_not_allowed"),
             ("PUT", "/", 405, "method_not_allowed"),
