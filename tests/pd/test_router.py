@@ -272,8 +272,8 @@ def test_leases_are_renewed_while_a_transfer_is_awaited(monkeypatch: pytest.Monk
 
 def test_legs_are_shown_with_their_times() -> None:
     async def test(cluster: Cluster) -> None:
-        await pair(cluster)
-        reply = await cluster.generate("shown", 5)
+        await pair(cluster, step_s=0.05)  # the hand-over is heard of long before the last token
+        reply = await cluster.generate("shown", 20)
         request_id = reply.headers["x-request-id"]
         shown = (await cluster.client.get(f"/debug/requests/{request_id}")).json()
         assert [(node["node"], node["role"]) for node in shown["nodes"]] == [
