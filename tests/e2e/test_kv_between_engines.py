@@ -192,8 +192,10 @@ def test_the_other_lane_and_nodes_that_are_killed(pair, single, directory, token
     name = pair.start(tokens[3:1503], GREEDY)
     time.sleep(0.5)
     pair.prefill.process.kill()
-    last = pair.decode.finish(f"{name}d", 5)
-    assert (last.finish_reason, last.error.code) == ("error", "kv_transfer_failed")
+    # At once if it had dialled already; else nobody will, and no master is there to know: the lease ends.
+    last = pair.decode.finish(f"{name}d", 40)
+    assert last.finish_reason == "error"
+    assert last.error.code in ("kv_transfer_failed", "lease_expired")
     idle(pair.decode)
     leg = EngineRequest(request_id="alone", prompt_token_ids=prompt, sampling_params=GREEDY)
     pair.decode.send(leg)
