@@ -161,15 +161,16 @@ def test_a_frozen_frontend_answers_when_it_thaws(server: Server) -> None:
 def test_running_requests_share_the_engine_evenly(server: Server) -> None:
     """Eight streams and a long prompt in their midst: nobody waits for anybody else to end."""
     num_tokens, counts = 150, [0] * 8
-    at_first_end: list[list[int]] = []
+    ends: list[float] = []
 
     def run(index: int) -> None:
         body = {"inputs": f"Story {index}", "parameters": {"max_new_tokens": num_tokens, "ignore_eos": True}}
         with server.client.stream("POST", "/generate_stream", json=body) as reply:
             for _ in stream_events(reply):
                 counts[index] += 1
-        at_first_end.append(list(counts))
+        ends.append(time.monotonic())
 
+    began = time.monotonic()
     with ThreadPoolExecutor(8) as pool:
         runs = [pool.submit(run, index) for index in range(8)]
         server.wait_until(lambda: min(counts) > 10)
@@ -179,7 +180,8 @@ def test_running_requests_share_the_engine_evenly(server: Server) -> None:
         for done in runs:
             done.result()
     assert counts == [num_tokens] * 8
-    assert min(at_first_end[0]) > 0.8 * num_tokens, at_first_end[0]
+    # One after the other, the first would end in an eighth of the time. Threads of this test may read late.
+    assert max(ends) - min(ends) < 0.5 * (max(ends) - began), [end - began for end in ends]
 
 
 def test_a_deadline_in_mid_stream_is_an_error_frame(server: Server) -> None:
