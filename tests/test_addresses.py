@@ -40,3 +40,6 @@ def test_no_addresses(host):
 def test_loopback():
     assert all(is_loopback(host) for host in ("127.0.0.1", "127.9.9.9", "::1", "localhost"))
     assert not any(is_loopback(host) for host in ("0.0.0.0", "::", "10.0.0.1", "example.org"))
+    # A socket for both families shows IPv4 clients so; and what begins like loopback need not be it.
+    assert is_loopback("::ffff:127.0.0.1")
+    assert not any(is_loopback(host) for host in ("::ffff:10.0.0.1", "::1234"))

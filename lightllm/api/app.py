@@ -4,14 +4,15 @@ A small dispatcher around Starlette's route matching, which also counts every re
 between socket and handler. Runs in the frontend process.
 """
 
-import hmac
 import logging
 import time
 from typing import Any
 
 from starlette.routing import Match, Route
 
+from lightllm.addresses import is_loopback
 from lightllm.api.call import AppContext, Call, ClientGone
+from lightllm.api.keys import is_known_key
 from lightllm.api.openai import not_implemented
 from lightllm.api.openapi import describe_api
 from lightllm.api.request_log import log_request
@@ -20,8 +21,6 @@ from lightllm.api.transport import Receive, Send
 from lightllm.errors import LightLLMError, RequestError
 
 logger = logging.getLogger(__name__)
-
-LOOPBACK = ("127.", "::1", "::ffff:127.")
 
 __all__ = ["App", "AppContext", "create_app"]
 
@@ -97,13 +96,7 @@ class App:
             if call.path.startswith("/debug/") and not _is_loopback(call.scope):
                 raise _wrong_key("without a configured key, /debug answers this machine only")
             return
-        scheme, _, bearer = call.headers.get(b"authorization", b"").partition(b" ")
-        given = bearer.strip() if scheme.lower() == b"bearer" else call.headers.get(b"x-api-key", b"")
-        # Every key is compared, in constant time, so that the time taken tells nothing about any of them.
-        is_known = False
-        for key in self._keys:
-            is_known |= hmac.compare_digest(given, key)
-        if not is_known:
+        if not is_known_key(call.headers, self._keys):
             raise _wrong_key("the key is missing or wrong; send Authorization: Bearer KEY or x-api-key: KEY")
 
     def _account(self, call: Call, endpoint: Endpoint | None) -> None:
@@ -150,4 +143,4 @@ def _wrong_key(message: str) -> RequestError:
 
 def _is_loopback(scope: dict[str, Any]) -> bool:
     client = scope.get("client")
-    return client is not None and str(client[0]).startswith(LOOPBACK)
+    return client is not None and is_loopback(str(client[0]))

@@ -5,17 +5,17 @@ needs it. Serves two WebSockets, the list as JSON for people, and the health rou
 own; knows no model, no request and no node.
 """
 
-import hmac
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
 import msgspec
 
 from lightllm import messages
+from lightllm.addresses import is_loopback
 from lightllm.cluster_link import Acceptor, Hello, Seal, Welcome
 from lightllm.cluster_messages import (
     MASTER_PATH,
@@ -181,21 +181,21 @@ class ConfigServerApp:
     """The HTTP side.
 
     Args:
-        secrets: any of these as Bearer opens the list; without a key, this machine needs none.
-        has_key: a key was configured.
+        is_known: whether the headers of a request show a key that opens the list.
+        has_key: a key was configured; without one this machine needs none.
         fail: answers with an error in the one envelope.
     """
 
     def __init__(
         self,
         directory: MasterDirectory,
-        secrets: list[bytes],
+        is_known: Callable[[Mapping[bytes, bytes]], bool],
         *,
         has_key: bool,
         fail: Callable[[Send, str, str], Awaitable[None]],
     ) -> None:
         self._directory = directory
-        self._secrets = secrets
+        self._is_known = is_known
         self._has_key = has_key
         self._fail = fail
 
@@ -237,14 +237,9 @@ class ConfigServerApp:
 
     def _may_read(self, scope: dict[str, Any]) -> bool:
         client = scope.get("client")
-        if not self._has_key and client is not None and str(client[0]).startswith(("127.", "::1")):
+        if not self._has_key and client is not None and is_loopback(str(client[0])):
             return True
-        headers = dict(scope["headers"])
-        given = headers.get(b"authorization", b"").removeprefix(b"Bearer ").strip()
-        is_known = False
-        for secret in self._secrets:
-            is_known |= hmac.compare_digest(given, secret)
-        return is_known
+        return self._is_known(dict(scope["headers"]))
 
 
 def _shown(listing: MasterList) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import socket
+from functools import partial
 from typing import Any
 
 import uvicorn
@@ -15,6 +16,7 @@ import uvloop
 
 from lightllm import __version__
 from lightllm.api.errors import envelope, error_headers
+from lightllm.api.keys import is_known_key
 from lightllm.api.protocol import uvicorn_config
 from lightllm.cluster_link import cluster_token, new_epoch
 from lightllm.config import Config, decode_config
@@ -48,7 +50,8 @@ async def _serve(parent: Parent, child: ChildConfig, config: Config) -> None:
     token = cluster_token(config.security.cluster_token, config.environment.home)
     keys = [key.encode() for key in config.security.api_key]
     directory = MasterDirectory(token, new_epoch())
-    app = ConfigServerApp(directory, [*keys, token], has_key=bool(keys), fail=_fail)
+    is_known = partial(is_known_key, keys=[*keys, token])
+    app = ConfigServerApp(directory, is_known, has_key=bool(keys), fail=_fail)
     server = uvicorn.Server(uvicorn_config(app, version=__version__, web_sockets=app.web_sockets()))
     loop = asyncio.get_running_loop()
 

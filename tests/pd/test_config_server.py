@@ -4,10 +4,12 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import AsyncIterator
+from functools import partial
 
 import httpx
 import uvicorn
 
+from lightllm.api.keys import is_known_key
 from lightllm.api.protocol import uvicorn_config
 from lightllm.config_server.app import ConfigServerApp, MasterDirectory
 from lightllm.frontend.directory_client import MasterEntryLink, MasterWatch
@@ -21,7 +23,7 @@ Lists = list[set[tuple[str, int]]]
 async def directory(port: int = 0, key: str = "") -> AsyncIterator[int]:
     masters = MasterDirectory(TOKEN.encode(), 1)
     secrets = [text.encode() for text in (TOKEN, key) if text]
-    app = ConfigServerApp(masters, secrets, has_key=bool(key), fail=_fail)
+    app = ConfigServerApp(masters, partial(is_known_key, keys=secrets), has_key=bool(key), fail=_fail)
     listener = socket.create_server(("127.0.0.1", port))
     config = uvicorn_config(app, version="0", loop="asyncio", web_sockets=app.web_sockets())
     server = uvicorn.Server(config)
