@@ -81,6 +81,11 @@ class NodeAgent:
         return sum(len(master.requests) for master in self._masters.values())
 
     @property
+    def num_queued_tokens(self) -> int:
+        """Prompt tokens of all masters' requests that have brought no token yet."""
+        return sum(master.queued_tokens for master in self._masters.values())
+
+    @property
     def is_registered(self) -> bool:
         """Whether at least one master takes this node."""
         return any(master.link is not None for master in self._masters.values())
@@ -219,7 +224,7 @@ class _MasterLink:
         """How this node is doing."""
         return NodeReport(
             stats=self.agent.engine.stats,
-            queued_prompt_tokens=sum(m.queued_tokens for m in self.agent._masters.values()),
+            queued_prompt_tokens=self.agent.num_queued_tokens,
             is_draining=self.agent.is_draining or self.agent.engine.info is None,
         )
 
@@ -253,7 +258,26 @@ class _MasterLink:
     def _flush(self) -> None:
         if self._outputs and self.link is not None:
             outputs, self._outputs = self._outputs, []
-            self.link.send(EngineOutput(outputs=outputs, stats=EngineStats()))
+            self._send_outputs(self.link, outputs)
+
+    def _send_outputs(self, link: Link, outputs: list[RequestOutput]) -> None:
+        """Send in as many frames as it takes; one output that is too large alone ends in an error."""
+        try:
+            link.send(EngineOutput(outputs=outputs, stats=EngineStats()))
+        except ValueError as error:
+            if len(outputs) > 1:
+                half = len(outputs) // 2
+                self._send_outputs(link, outputs[:half])
+                self._send_outputs(link, outputs[half:])
+                return
+            request_id = outputs[0].request_id
+            if self.requests.pop(request_id, None) is not None:
+                self.agent.engine.abort(request_id)
+            text = f"the answer is too large for the link to the pd_master ({error}); ask for fewer logprobs"
+            failure = RequestFailure(code="internal", message=text)
+            self._send_outputs(
+                link, [RequestOutput(request_id=request_id, finish_reason="error", error=failure)]
+            )
 
     def _dialer(self) -> Dialer:
         agent = self.agent
