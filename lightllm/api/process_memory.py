@@ -1,6 +1,6 @@
 """Memory of this node's processes, as the system counts it: what `/metrics` shows of them.
 
-The frontend, its supervisor and the supervisor's other children. Reads /proc, a few microseconds a process;
+The supervisor of this frontend and all processes below it. Reads /proc, a few microseconds a process;
 elsewhere there is nothing to show. Runs in the frontend process.
 """
 
@@ -22,10 +22,16 @@ def resident_bytes() -> dict[str, int]:
         return {}
     supervisor = os.getppid()
     found = {"supervisor": _resident(supervisor)}
-    for pid in (int(child) for child in _read(supervisor, f"task/{supervisor}/children").split()):
+    below = _children(supervisor)
+    for pid in below:
+        below += _children(pid)  # the ranks are the engine's
         name = _name(pid)
         found[name] = found.get(name, 0) + _resident(pid)
     return found
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in _read(pid, f"task/{pid}/children").split()]
 
 
 def _name(pid: int) -> str:

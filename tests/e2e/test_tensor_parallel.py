@@ -54,6 +54,11 @@ def test_two_ranks_answer_as_one_and_come_back_when_one_is_killed(start) -> None
     maps = [Path(f"/proc/{pid}/maps").read_text() for pid in (server.children()["engine"], *ranks_of(server))]
     assert ["libtorch" in text for text in maps] == [False, True, True]
 
+    workers, engine = (
+        server.metric("resident_memory_bytes", f'process="{name}"') for name in ("worker", "engine")
+    )
+    assert workers > 2 * engine > 0
+
     ranks = ranks_of(server)
     with ThreadPoolExecutor(2) as pool, server.client.stream("POST", "/generate_stream", json=LONG) as reply:
         events = stream_events(reply)
