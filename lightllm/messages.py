@@ -318,6 +318,11 @@ class KVLayout(Part):
     tp_size: int
     quantization: str = "none"
 
+    def differences(self, other: "KVLayout") -> list[tuple[str, Any, Any]]:
+        """Name, own value and the other's of each field in which two records differ."""
+        pairs = ((name, getattr(self, name), getattr(other, name)) for name in self.__struct_fields__)
+        return [(name, own, theirs) for name, own, theirs in pairs if own != theirs]
+
 
 class EngineInfo(Part):
     """What the rest of the node needs to know of a ready engine.

@@ -6,7 +6,7 @@ event loop of a pd_master.
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import msgspec
@@ -46,7 +46,7 @@ class PrefixDigest:
             self._blocks.popitem(last=False)
 
 
-def _blocks(token_ids: list[int]) -> Any:
+def _blocks(token_ids: list[int]) -> Iterator[tuple[int, int]]:
     digest = 0
     for stop in range(PREFIX_BLOCK_TOKENS, len(token_ids) + 1, PREFIX_BLOCK_TOKENS):
         digest = hash((digest, *token_ids[stop - PREFIX_BLOCK_TOKENS : stop]))
@@ -223,11 +223,7 @@ def layout_diff(ours: KVLayout | None, theirs: KVLayout | None) -> tuple[str, ..
     """One line for each field in which two records differ."""
     if ours is None or theirs is None:
         return () if ours is theirs else (f"layout: ours {_shown(ours)}, theirs {_shown(theirs)}",)
-    return tuple(
-        f"{name}: ours {getattr(ours, name)}, theirs {getattr(theirs, name)}"
-        for name in KVLayout.__struct_fields__
-        if getattr(ours, name) != getattr(theirs, name)
-    )
+    return tuple(f"{name}: ours {own}, theirs {other}" for name, own, other in ours.differences(theirs))
 
 
 def _shown(layout: KVLayout | None) -> str:

@@ -20,7 +20,6 @@ from lightllm.transfer.base import Endings, Hold, Ledger, Transport
 from lightllm.transfer.channel import Channel
 from lightllm.transfer.frames import Choice, LaneOffer, Opening
 from lightllm.transfer.lane import LaneUnavailable, ReceivingEnd, load_lane
-from lightllm.transfer.plan import layout_diff
 from lightllm.transfer.receipt import Receipt
 from lightllm.transfer.shipment import Node, Shipment
 
@@ -195,7 +194,8 @@ class KVLink(Transport):
             raise acceptor.refuse("old_epoch", text)
         if not receipt.claim(channel):
             raise acceptor.refuse("bad_ticket", "the ticket was used, or the transfer was given up")
-        diff = layout_diff(node.layout, opening.layout)
+        differences = node.layout.differences(opening.layout)
+        diff = tuple(f"{name}: here {own!r}, there {other!r}" for name, own, other in differences)
         if opening.start != receipt.start:
             diff = (*diff, f"first position: here {receipt.start}, there {opening.start}")
         if diff:

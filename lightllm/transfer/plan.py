@@ -76,12 +76,3 @@ def digest(layout: KVLayout, token_ids: list[int], chunks: list[tuple[int, int]]
         chunks: (first position, number of tokens) of each block.
     """
     return hashlib.sha256(msgspec.msgpack.encode([layout, token_ids, chunks])).digest()
-
-
-def layout_diff(ours: KVLayout, theirs: KVLayout) -> tuple[str, ...]:
-    """One line for each field in which two layouts differ."""
-    return tuple(
-        f"{name}: here {getattr(ours, name)!r}, there {getattr(theirs, name)!r}"
-        for name in KVLayout.__struct_fields__
-        if getattr(ours, name) != getattr(theirs, name)
-    )
