@@ -61,6 +61,7 @@ class EngineNode:
     Attributes:
         outputs: by request id.
         reserved: request id -> num_cached_tokens.
+        num_steps: of its engine so far.
     """
 
     def __init__(self, config, directory):
@@ -83,6 +84,7 @@ class EngineNode:
         self.outputs = defaultdict(list)
         self.times = defaultdict(list)
         self.reserved = {}
+        self.num_steps = 0
         self.pongs = queue.Queue()
         self._news = threading.Condition()
         self._is_closing = False
@@ -105,7 +107,8 @@ class EngineNode:
             message = messages.decode(self._inbox.recv(), FromEngine)
             with self._news:
                 match message:
-                    case EngineOutput(outputs=outputs):
+                    case EngineOutput(outputs=outputs, stats=stats):
+                        self.num_steps = stats.steps_total
                         for output in outputs:
                             self.outputs[output.request_id].append(output)
                             self.times[output.request_id].append(time.monotonic())
@@ -167,6 +170,13 @@ class Pair:
             num_cached_tokens=self.decode.reserved[f"{name}d"],
         )
         self.prefill.send(EngineRequest(request_id=f"{name}p", send_kv_to=target, **leg, **fields))
+        return name
+
+    def start_in_transfer(self, prompt, params):
+        """Begin, and wait until KV of the first chunks leaves, long before the last is computed."""
+        num_steps = self.prefill.num_steps
+        name = self.start(prompt, params)
+        self.prefill.wait(lambda: self.prefill.num_steps >= num_steps + 3)
         return name
 
     def finish(self, name, limit_s=60.0):
