@@ -76,3 +76,4 @@ class InProcessExecutor(Executor):
 
     def close(self) -> None:
         self._thread.shutdown(wait=True)
+        self._worker.close()

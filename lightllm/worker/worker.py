@@ -125,6 +125,10 @@ class Worker:
         rank = parallel.rank
         self._info = open_kv_link(self._runner, self._info, config, model_config, hashes, rank, epoch)
 
+    def close(self) -> None:
+        """End transfers that still run; peers hear of it at once."""
+        self._runner.transport.close()
+
     def info(self) -> EngineInfo:
         """What was loaded, where, and its capacity."""
         return self._info

@@ -55,6 +55,9 @@ class RunnerWorker:
         step = self.runner.launch(messages.decode(messages.encode(batch), ScheduledBatch))
         return LaunchedStep(lambda: messages.decode(messages.encode(step.result()), StepOutput))
 
+    def close(self) -> None:
+        return
+
     def info(self) -> EngineInfo:
         return self._info
 
