@@ -17,7 +17,6 @@ import os
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -198,25 +197,24 @@ def run_master(port_fd: int) -> None:
 def measure(streams: int, tokens: int, step_ms: float, route: str, core: int) -> dict[str, Any]:
     """One run of all three processes, the master on this core."""
     me = [sys.executable, str(Path(__file__).resolve())]
-    with tempfile.TemporaryDirectory():
-        listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
-        port = listener.getsockname()[1]
-        master = subprocess.Popen(
-            [*me, "--role", "master", "--fd", str(listener.fileno())],
-            pass_fds=[listener.fileno()],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
-        os.sched_setaffinity(master.pid, {core})  # before it has any thread
-        size = ["--streams", str(streams), "--tokens", str(tokens), "--step_ms", str(step_ms)]
-        nodes = subprocess.Popen([*me, "--role", "nodes", "--port", str(port), *size], stdout=subprocess.PIPE)
-        assert nodes.stdout is not None
-        nodes.stdout.readline()
-        client = run_clients(port, streams, tokens, route)
-        output, _ = master.communicate(timeout=30)
-        nodes.kill()
-        started, _ = nodes.communicate()
-        listener.close()
+    listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
+    port = listener.getsockname()[1]
+    master = subprocess.Popen(
+        [*me, "--role", "master", "--fd", str(listener.fileno())],
+        pass_fds=[listener.fileno()],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    os.sched_setaffinity(master.pid, {core})  # before it has any thread
+    size = ["--streams", str(streams), "--tokens", str(tokens), "--step_ms", str(step_ms)]
+    nodes = subprocess.Popen([*me, "--role", "nodes", "--port", str(port), *size], stdout=subprocess.PIPE)
+    assert nodes.stdout is not None
+    nodes.stdout.readline()
+    client = run_clients(port, streams, tokens, route)
+    output, _ = master.communicate(timeout=30)
+    nodes.kill()
+    started, _ = nodes.communicate()
+    listener.close()
     used = json.loads(output)
     return {
         "route": route,

@@ -203,7 +203,7 @@ class Acceptor:
             raise self.refuse("bad_frame", "not a hello of a lightllm node") from error
         if hello.proto != LINK_PROTOCOL:
             raise self.refuse(
-                "bad_protocol", f"link protocol {hello.proto} here {LINK_PROTOCOL}: run equal versions"
+                "bad_protocol", f"link protocol {hello.proto} there, {LINK_PROTOCOL} here: run equal versions"
             )
         wanted = _mac(self._token, b"hello", self._nonce, _unsigned(hello))
         if not hmac.compare_digest(wanted, hello.mac):

@@ -67,7 +67,6 @@ class Link:
 
     def __init__(self, socket: WebSocket, owner: LinkOwner) -> None:
         self.socket = socket
-        self.refusal: LinkRefused | None = None
         self._owner = owner
         self._seal: Seal | None = None
         self._loop = asyncio.get_running_loop()

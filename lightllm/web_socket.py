@@ -12,6 +12,7 @@ import hashlib
 import os
 import struct
 from collections.abc import Callable
+from typing import cast
 
 from lightllm.errors import ClusterError
 
@@ -75,10 +76,9 @@ class WebSocket(asyncio.Protocol):
         return self._is_closed
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport) or hasattr(transport, "write")
-        self._transport = transport  # type: ignore[assignment]
+        self._transport = cast(asyncio.Transport, transport)  # the event loop's own may be no subclass
         if self._request:
-            self._transport.write(self._request)  # type: ignore[union-attr]
+            self._transport.write(self._request)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._is_closed = True

@@ -55,11 +55,11 @@ class Attention:
         qkv = self.qkv(x).view(x.shape[0], -1, self.head_dim)  # [num_tokens, q + k + v heads, head_dim]
         qk, v = qkv[:, : self.num_qk_heads], qkv[:, self.num_qk_heads :]
         q, k = qk[:, : self.num_q_heads], qk[:, self.num_q_heads :]
-        has_norms = self.q_norm is not None and self.k_norm is not None
+        heads: tuple[Tensor, ...] = (qk,)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            heads = q, k = self.q_norm(q), self.k_norm(k)
         if isinstance(self.backend, RotatingBackend):
             return self.o(self.backend.rotate_and_forward(q, k, v, (cos, sin), self.layer, batch))
-        for x in (q, k) if has_norms else (qk,):
+        for x in heads:
             self.ops.rotate_(x, cos, sin)
         return self.o(self.backend.forward(q, k, v, self.layer, batch))

@@ -5,7 +5,6 @@ wait has a limit. Raw bytes carry no MAC: their block's frame does, and the link
 Runs in a thread of the transport.
 """
 
-import select
 import socket
 import struct
 import time
@@ -38,10 +37,6 @@ class Channel:
     def fileno(self) -> int:
         """For select."""
         return self._sock.fileno()
-
-    def is_readable(self) -> bool:
-        """Whether something has come, or the peer has closed."""
-        return bool(select.select([self._sock], [], [], 0)[0])
 
     def send_raw(self, frame: bytes, limit_s: float) -> None:
         """Send a frame of the handshake."""
