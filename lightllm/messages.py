@@ -136,7 +136,7 @@ class RequestOutput(Part, omit_defaults=True, gc=False):
 
     `logprobs` is aligned with `new_token_ids`. `prompt_logprobs` comes once, with the first token, one entry
     per prompt token (None for the first). `num_cached_tokens` and `queue_s`, the seconds from arrival to
-    admission, are meaningful from the first token on.
+    admission, come with the first token and with the last output.
     """
 
     request_id: str

@@ -15,6 +15,8 @@ from lightllm.errors import ConfigError
 
 # The oldest architecture that the kernels are written for: bfloat16 and asynchronous copies.
 MIN_CAPABILITY = (8, 0)
+RING_BYTES = 4 << 20
+RING_ALIGNMENT = 64
 
 
 class CudaDownload(Download):
@@ -30,6 +32,36 @@ class CudaDownload(Download):
     def result(self) -> tuple[np.ndarray, ...]:
         self._event.synchronize()
         return tuple(copy.numpy() for copy in self._copies)
+
+
+class PinnedRing:
+    """Pinned memory through which arrays are uploaded, over and over: pinning anew costs more than the copy.
+
+    Two halves are used in turn. Before one is used again, the last copy out of it is waited for, though that
+    one is as good as always done. For one thread.
+
+    Args:
+        num_bytes: of both halves.
+    """
+
+    def __init__(self, num_bytes: int) -> None:
+        self._halves = torch.empty(2, num_bytes // 2, dtype=torch.uint8, pin_memory=True).unbind()
+        self._events = [torch.cuda.Event(), torch.cuda.Event()]  # type: ignore[no-untyped-call]
+        self._current = 0
+        self._start = 0
+
+    def stage(self, source: Tensor) -> Tensor:
+        """A pinned copy of a tensor of the host, valid for what is queued on the current stream right now."""
+        if source.nbytes > self._halves[0].nbytes:
+            return source.pin_memory()
+        if self._start + source.nbytes > self._halves[0].nbytes:
+            self._events[self._current].record()
+            self._current = 1 - self._current
+            self._events[self._current].synchronize()
+            self._start = 0
+        place = self._halves[self._current][self._start : self._start + source.nbytes]
+        self._start += -(-source.nbytes // RING_ALIGNMENT) * RING_ALIGNMENT
+        return place.view(source.dtype).view(source.shape).copy_(source)
 
 
 class CudaDevice(Device):
@@ -62,6 +94,7 @@ class CudaDevice(Device):
                 f"the kernels need {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]}; use --device cpu"
             )
         self.label = f"{properties.name}, {properties.multi_processor_count} multiprocessors"
+        self._ring = PinnedRing(RING_BYTES)
 
     def choose_dtype(self, asked: str, checkpoint: str) -> tuple[torch.dtype, str]:
         """See the base class; every dtype is native from MIN_CAPABILITY on."""
@@ -90,8 +123,7 @@ class CudaDevice(Device):
         return self.label
 
     def upload(self, array: np.ndarray, into: Tensor | None = None) -> Tensor:
-        # torch's allocator of pinned memory keeps the block until the copy is done.
-        pinned = torch.from_numpy(array).pin_memory()
+        pinned = self._ring.stage(torch.from_numpy(array))
         if into is None:
             return pinned.to(self.torch_device, non_blocking=True)
         return into.copy_(pinned, non_blocking=True)

@@ -5,6 +5,9 @@ one sequence times the `group` query heads that share a KV head, so that keys an
 Keys and values of the new tokens are in the pool already. Grid: (num_tiles, num_kv_heads).
 """
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -12,6 +15,36 @@ from torch import Tensor
 from lightllm.kernels.decode_attention import soft_cap
 
 TILE_FIELDS = 4
+
+
+class Blocks(NamedTuple):
+    """How a program walks along the keys.
+
+    Attributes:
+        block_n: keys at a time.
+        num_warps: that share the tile.
+        num_stages: blocks of keys and values on their way from memory.
+    """
+
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+    def shared_bytes(self, block_m: int, head_dim: int, itemsize: int) -> int:
+        """Shared memory of a program: the queries, and all blocks that are on their way."""
+        return (block_m + 2 * self.block_n * self.num_stages) * head_dim * itemsize
+
+
+# For 16 bits, the fastest on an H100 first (benchmarks/kernels_cuda.py). What does not fit is passed over.
+LARGE_TILE_BLOCKS = (
+    Blocks(128, 8, 2),
+    Blocks(64, 8, 2),
+    Blocks(64, 4, 2),
+    Blocks(32, 4, 2),
+    Blocks(16, 4, 1),
+)
+SMALL_TILE_BLOCKS = (Blocks(64, 4, 3), Blocks(64, 4, 2), Blocks(32, 4, 2), Blocks(16, 4, 1))
+EXACT_BLOCKS = Blocks(32, 4, 1)
 
 
 @triton.jit
@@ -36,39 +69,50 @@ def _attend(
     IS_MASKED: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_CAP: tl.constexpr,
+    IS_LARGE: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Fold the keys [start, stop) into the running softmax; with IS_MASKED only those that a row may see."""
+    """Fold the keys [start, stop) into the running softmax; with IS_MASKED only those that a row may see.
+
+    `best` is in units of the products, so that scale and log2(e) cost one operation per score.
+    """
     dims = tl.arange(0, BLOCK_D)
-    in_dims = dims < HEAD_DIM
     for block in tl.range(start, stop, BLOCK_N, num_stages=STAGES):
         positions = block + tl.arange(0, BLOCK_N)
         if IS_MASKED:
-            is_valid = positions < stop
-            slots = tl.load(table + positions, is_valid, other=0).to(tl.int64)
-            kv_mask = in_dims[None, :] & is_valid[:, None]
+            slots = tl.load(table + positions, positions < stop, other=0)  # slot 0 is nobody's
         else:
-            slots = tl.load(table + positions).to(tl.int64)
-            kv_mask = in_dims[None, :] & (positions >= 0)[:, None]
+            slots = tl.load(table + positions)
+        if IS_LARGE:
+            slots = slots.to(tl.int64)
         places = slots[:, None] * slot_stride + dims[None, :]
-        keys = tl.load(pool_k + places, kv_mask, other=0.0)
-        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
+        if HEAD_DIM == BLOCK_D:
+            keys = tl.load(pool_k + places)
+        else:
+            keys = tl.load(pool_k + places, (dims < HEAD_DIM)[None, :], other=0.0)
+        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
         if HAS_CAP:
-            scores = soft_cap(scores, cap)
-        scores = scores * 1.4426950408889634
+            scores = soft_cap(scores * scale, cap)
+            unit = 1.4426950408889634
+        else:
+            unit = scale * 1.4426950408889634
         if IS_MASKED:
             is_seen = positions[None, :] <= last_key[:, None]
             if HAS_WINDOW:
                 is_seen = is_seen & (positions[None, :] >= first_key[:, None])
             scores = tl.where(is_seen, scores, -float("inf"))
         new_best = tl.maximum(best, tl.max(scores, 1))
-        # A row that has seen nothing yet (window) keeps -inf; its exponent must not become inf - inf.
-        shift = tl.where(new_best > -float("inf"), new_best, 0.0)
-        share = tl.exp2(best - shift)
-        weights = tl.exp2(scores - shift[:, None])
+        shift = new_best * unit
+        if HAS_WINDOW:  # a row that has seen nothing yet keeps -inf: its exponent must not be inf - inf
+            shift = tl.where(new_best > -float("inf"), shift, 0.0)
+        share = tl.exp2(best * unit - shift)
+        weights = tl.exp2(scores * unit - shift[:, None])
         total = total * share + tl.sum(weights, 1)
-        values = tl.load(pool_v + places, kv_mask, other=0.0)
+        if HEAD_DIM == BLOCK_D:
+            values = tl.load(pool_v + places)
+        else:
+            values = tl.load(pool_v + places, (dims < HEAD_DIM)[None, :], other=0.0)
         acc = acc * share[:, None]
         acc = tl.dot(weights.to(values.dtype), values, acc, input_precision=PRECISION)
         best = new_best
@@ -98,6 +142,7 @@ def _prefill_kernel(
     BLOCK_N: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_CAP: tl.constexpr,
+    IS_LARGE: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -131,11 +176,11 @@ def _prefill_kernel(
     else:
         best, total, acc = _attend(
             queries, best, total, acc, table, pool_k, pool_v, slot_stride, 0, middle, last_key, first_key,
-            scale, cap, HEAD_DIM, BLOCK_D, BLOCK_N, False, HAS_WINDOW, HAS_CAP, PRECISION, STAGES,
+            scale, cap, HEAD_DIM, BLOCK_D, BLOCK_N, False, HAS_WINDOW, HAS_CAP, IS_LARGE, PRECISION, STAGES,
         )  # fmt: skip
     best, total, acc = _attend(
         queries, best, total, acc, table, pool_k, pool_v, slot_stride, middle, stop, last_key, first_key,
-        scale, cap, HEAD_DIM, BLOCK_D, BLOCK_N, True, HAS_WINDOW, HAS_CAP, PRECISION, STAGES,
+        scale, cap, HEAD_DIM, BLOCK_D, BLOCK_N, True, HAS_WINDOW, HAS_CAP, IS_LARGE, PRECISION, STAGES,
     )  # fmt: skip
     place = out + (first_token + token)[:, None] * out_token + head[:, None] * HEAD_DIM + dims[None, :]
     tl.store(place, (acc / total[:, None]).to(out.dtype.element_ty), mask)
@@ -163,11 +208,13 @@ def prefill_attention(
         tiles: [num_tiles, TILE_FIELDS] int32: row, first token in q, number of tokens (at most
             block_m // group), position of the first.
         out: [t, num_q_heads * head_dim], contiguous; only the tokens of the tiles are written.
-        scale, window, softcap: see AttentionLayer.
+        scale, window, softcap: see AttentionLayer; scale is positive.
         block_m: queries of a tile, a power of two of at least 16 and the group.
     """
     num_kv_heads, head_dim = pool_k.shape[1:]
+    block_d = triton.next_power_of_2(head_dim)
     is_half = q.dtype.itemsize == 2
+    blocks = choose_blocks(block_m, block_d, q.device) if is_half else EXACT_BLOCKS
     _prefill_kernel[(tiles.shape[0], num_kv_heads)](
         q,
         pool_k,
@@ -186,11 +233,21 @@ def prefill_attention(
         GROUP=q.shape[1] // num_kv_heads,
         HEAD_DIM=head_dim,
         BLOCK_M=block_m,
-        BLOCK_D=triton.next_power_of_2(head_dim),
-        BLOCK_N=64 if is_half else 32,
+        BLOCK_D=block_d,
+        BLOCK_N=blocks.block_n,
         HAS_WINDOW=window is not None,
         HAS_CAP=softcap is not None,
+        IS_LARGE=pool_k.numel() >= 2**31,  # places in the pool need 64 bits, which cost 4 %
         PRECISION="tf32" if is_half else "ieee",
-        STAGES=3 if is_half else 1,
-        num_warps=4,
+        STAGES=blocks.num_stages,
+        num_warps=blocks.num_warps,
     )
+
+
+def choose_blocks(block_m: int, head_dim: int, device: torch.device) -> Blocks:
+    """The fastest blocks of 16-bit keys and values that fit into a multiprocessor of the device."""
+    options = LARGE_TILE_BLOCKS if block_m >= 128 else SMALL_TILE_BLOCKS
+    if device.type != "cuda":
+        return options[0]  # interpreted
+    limit: int = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return next((b for b in options if b.shared_bytes(block_m, head_dim, 2) <= limit), options[-1])

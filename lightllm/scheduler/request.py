@@ -219,16 +219,22 @@ class Request:
             sample_index=self.sample_index,
         )
 
-    def token_output(
-        self, new_token_ids: list[int], logprobs: list[TokenLogprobs] | None, reason: str | None
-    ) -> RequestOutput:
-        """What a step brought; with a reason the last output. There may be more logprobs than tokens."""
+    def token_output(self, new_token_ids: list[int], logprobs: list[TokenLogprobs] | None) -> RequestOutput:
+        """What a step brought, whose tokens are known by now; the last output if they end the request.
+
+        There may be more logprobs than tokens. Made once per request and step: most of them are short.
+        """
+        num_tokens = len(self.token_ids)
+        is_first = num_tokens - len(new_token_ids) <= self.num_prompt_tokens
+        may_end = num_tokens >= self.max_num_tokens or self.token_ids[-1] in self.end_token_ids
+        if not (is_first or may_end or logprobs):
+            return RequestOutput(request_id=self.request_id, new_token_ids=new_token_ids)
         return RequestOutput(
             request_id=self.request_id,
             new_token_ids=new_token_ids,
             logprobs=logprobs and logprobs[: len(new_token_ids)],
             prompt_logprobs=self.take_prompt_logprobs() if self.prompt_logprobs else None,
-            finish_reason=reason,
+            finish_reason=self.finish_reason() if may_end else None,
             num_cached_tokens=self.num_cached_tokens,
             queue_s=self.queue_s,
         )

@@ -210,26 +210,27 @@ class Scheduler:
         for index, entries in output.prompt_logprobs.items():
             requests[index].add_prompt_logprobs(batch.starts[index], entries)
         finished, running = RequestState.FINISHED, RequestState.RUNNING
-        logprobs = output.logprobs
+        drafts, logprobs, num_tokens = batch.drafts, output.logprobs, 0
         outputs: list[RequestOutput] = []
         for index, (request, is_sampling, new_token_ids) in enumerate(
             zip(requests, batch.is_sampling, output.token_ids, strict=True)
         ):
             if not is_sampling or request.state is finished:
                 continue
-            if index in batch.drafts:
+            if index in drafts:
                 new_token_ids = self._settle_drafts(request, new_token_ids, output.duration_s)
             else:
                 (token_id,) = new_token_ids
                 request.token_ids.append(token_id)
                 request.num_in_flight -= 1
-            self._counters.num_generated_tokens += len(new_token_ids)
-            reason = request.finish_reason()
-            outputs.append(request.token_output(new_token_ids, logprobs.get(index), reason))
-            if reason is not None:
+            num_tokens += len(new_token_ids)
+            told = request.token_output(new_token_ids, logprobs.get(index))
+            outputs.append(told)
+            if told.finish_reason is not None:
                 self._finish(request)
             elif request.state is not running and not request.num_in_flight:
                 self._go_on_elsewhere(request)
+        self._counters.num_generated_tokens += num_tokens
         if self._transfers.live:
             outputs += self._take_transfers(output)
         return outputs

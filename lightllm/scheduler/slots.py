@@ -77,11 +77,15 @@ class SlotAllocator:
             f"{len(last_slots)} slots asked for, {self.num_free} are free"
         )
         is_free, free_counts = self._is_free, self._free_counts
+        num_regions = len(free_counts)
         slots = []
         for last_slot in last_slots:
             slot = last_slot + 1
             if not (slot % REGION_SIZE and is_free[slot]):
-                slot = self._choose(slot)
+                if self._lowest_region < num_regions:
+                    slot = self._choose(slot)
+                else:  # no region is wholly free: the usual case of a pool that caches all it can
+                    slot = self._lowest_slot = is_free.find(1, self._lowest_slot)
             is_free[slot] = 0
             free_counts[slot // REGION_SIZE] -= 1
             slots.append(slot)

@@ -63,14 +63,15 @@ class DecodeGraphs:
         device, largest = tables.slots.device, sizes[-1]
         self._packed = torch.zeros(3 * aligned(largest), dtype=torch.int32, device=device)
         self._columns = torch.zeros(3, aligned(largest), dtype=torch.int64, device=device)
+        self._step_tensors: dict[int, StepTensors] = {}
         width = model.config.vocab_size if vocab_size is None else vocab_size
         self._logits = torch.empty(largest, width, dtype=torch.float32, device=device)
 
     def tensors_for(self, batch: ScheduledBatch) -> StepTensors | None:
         """Where to put the inputs of this batch; None if it is not one of decodes, or too large or long."""
         n = len(batch.rows)
-        is_taken = n <= self.sizes[-1] and sum(batch.num_new_tokens) == n and all(batch.is_sampling)
-        if not is_taken or max(batch.starts) >= self.max_len:
+        is_decode = batch.num_new_tokens.count(1) == n and all(batch.is_sampling)
+        if n > self.sizes[-1] or not is_decode or max(batch.starts) >= self.max_len:
             return None
         return self._tensors(self.sizes[bisect_left(self.sizes, n)])
 
@@ -113,12 +114,15 @@ class DecodeGraphs:
             out_slots=tensors.out_slots,
             slot_table=np.empty((0, 0), dtype=np.int32),
             kv_pool=self.kv_pool,
-            index=tensors.index(self.tables.slots),
+            index=tensors.index,
         )
         batch.plan = self.backend.plan(batch)
         hidden = self.model(tensors.token_ids, tensors.positions, batch)
         self._logits[: tensors.size].copy_(self.model.logits(hidden))
 
     def _tensors(self, size: int) -> StepTensors:
-        ids, slots, positions = self._columns[:, :size]
-        return StepTensors(size, self._packed[: 3 * aligned(size)], ids, slots, positions)
+        if size not in self._step_tensors:
+            self._step_tensors[size] = StepTensors.inside(
+                size, self._packed, self._columns, self.tables.slots
+            )
+        return self._step_tensors[size]

@@ -6,6 +6,7 @@ columns by row. Runs in the worker; every call only queues work.
 """
 
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
@@ -61,19 +62,30 @@ class StepTensors:
 
     Attributes:
         packed: [3 * width] int32: rows, seq_lens, positions, each from a multiple of `width` on.
+        index, packed_positions: views of `packed` as kernels want them.
         token_ids, out_slots, positions: [size] int64.
     """
 
     size: int
     packed: Tensor
+    index: DeviceIndex
+    packed_positions: Tensor
     token_ids: Tensor
     out_slots: Tensor
     positions: Tensor
 
-    def index(self, slot_table: Tensor) -> DeviceIndex:
-        """Views of `packed` as kernels want them."""
-        width = aligned(self.size)
-        return DeviceIndex(slot_table, self.packed[: self.size], self.packed[width : width + self.size])
+    @classmethod
+    def inside(cls, size: int, packed: Tensor, columns: Tensor, slot_table: Tensor) -> Self:
+        """For `size` sequences, in memory made for more: packed [>= 3 * width], columns [3, >= size]."""
+        width = aligned(size)
+        rows, seq_lens, positions = (packed[i * width : i * width + size] for i in range(3))
+        return cls(
+            size,
+            packed[: 3 * width],
+            DeviceIndex(slot_table, rows, seq_lens),
+            positions,
+            *columns[:, :size].unbind(),
+        )
 
 
 class DeviceTables:
@@ -120,7 +132,7 @@ class DeviceTables:
             into: for a batch of decodes only: where to write, padded to its size.
         """
         rows = np.array(batch.rows)
-        query_lens = np.array(batch.num_new_tokens)
+        query_lens = np.array(batch.num_new_tokens) if into is None else np.ones(len(rows), dtype=np.int64)
         seq_lens = np.array(batch.starts) + query_lens
         if into is None:
             token_rows, positions = ranges(batch.rows, batch.starts, batch.num_new_tokens)
@@ -131,14 +143,14 @@ class DeviceTables:
             index = DeviceIndex(self.slots, uploaded[0], uploaded[1])
             places = (uploaded[2], uploaded[3])
         else:
-            index = into.index(self.slots)
+            index = into.index
             packed = np.zeros((3, aligned(into.size)), dtype=np.int32)
             packed[0] = self.padding_row
             packed[1] = 1
             for line, column in zip(packed, (rows, seq_lens, seq_lens - 1), strict=True):
                 line[: len(rows)] = column
             self.device.upload(packed.reshape(-1), into.packed)
-            places = (index.rows, into.packed[2 * packed.shape[1] :][: into.size])
+            places = (index.rows, into.packed_positions)
             target = [into.token_ids, into.out_slots, into.positions]
         gather_inputs(self.token_ids, self.slots, *places, *target)
         return StepInputs(

@@ -124,6 +124,8 @@ def split_drafts(batch: ScheduledBatch, inputs: StepInputs) -> tuple[StepInputs,
 
 def ranges(rows: list[int], starts: list[int], counts: list[int]) -> tuple[np.ndarray, np.ndarray]:
     """Flatten ranges [start, start + count) of rows into (row, position) per element."""
+    if counts.count(1) == len(counts):  # a step of decodes
+        return np.array(rows, dtype=np.int64), np.array(starts, dtype=np.int64)
     sizes = np.array(counts)
     ends = sizes.cumsum()
     within = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - sizes, sizes)

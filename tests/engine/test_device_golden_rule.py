@@ -30,13 +30,13 @@ from tests.engine.test_golden_rule import (
     PROMPTS,
     RANDOM,
     VARIANTS,
+    build,
     oracle,
     run,
 )
 from tests.engine.test_golden_rule import engine_of as cpu_engine_of
-from tests.engine.test_golden_rule import model as cpu_model
 
-__all__ = ["cpu_model", "oracle"]
+__all__ = ["oracle"]
 MAX_LEN = 320
 SIZES = [1, 2, 4, 8, 16]
 GRAPHS = {"no_graphs": None, "eager_padded": False, "graphs": True}
@@ -57,9 +57,10 @@ MANY_FIELDS = SamplingParams(
 )
 
 
-@pytest.fixture(scope="module")
-def model(cpu_model):
-    return cpu_model
+@pytest.fixture(scope="module", params=["torch", "native"])
+def model(request):
+    """What computes on the CPU, with the weights as they are."""
+    return build(request.param)
 
 
 @pytest.fixture(scope="module")

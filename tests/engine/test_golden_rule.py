@@ -63,7 +63,12 @@ VARIANTS = {
 
 @pytest.fixture(scope="module", params=["torch", "native", "native w4"])
 def model(request):
-    name, _, quant_type = request.param.partition(" ")
+    return build(request.param)
+
+
+def build(variant: str):
+    """The model with its backend: `variant` names it, and behind a space how weights are quantised."""
+    name, _, quant_type = variant.partition(" ")
     library = library_or_skip() if name == "native" else None
     backend = load_backend(name, library)
     source = DummySource(tensor_shapes(CONFIG), CONFIG.dtype, seed=3)
