@@ -1,6 +1,8 @@
 """Kernels of the GPU side at real shapes: time, and what share of the card's measured ceilings that is.
 
-    python benchmarks/kernels_cuda.py [--out benchmarks/results/kernels_h100.json]
+    python benchmarks/kernels_cuda.py [--only prefill,suffix] [--out benchmarks/results/kernels_h100.json]
+
+`--only`: attention whose name starts with one of these, and nothing else.
 
 Ceilings are measured in the same run: a large copy and read, a large matrix product. Times are medians over
 repeats that rotate over several input sets where these fit into the cache.
@@ -162,24 +164,8 @@ def gemv_cases() -> dict[str, dict]:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-    limits = ceilings()
-    result = {**describe_run(), "ceilings": limits, "attention": {}, "ops": {}}
-    print(json.dumps(limits))
-    for name, (heads, groups) in ATTENTION.items():
-        seconds, num_bytes, operations = attention_case(heads, groups)
-        entry = {
-            "us": round(seconds * 1e6, 1),
-            "gb_s": round(num_bytes / seconds / 1e9),
-            "share_of_read": round(num_bytes / seconds / 1e9 / limits["read_gb_s"], 3),
-            "tflop_s": round(operations / seconds / 1e12, 1),
-        }
-        result["attention"][name] = entry
-        print(f"{name:40s} {msgspec.json.encode(entry).decode()}", flush=True)
-        torch.cuda.empty_cache()
+def add_other_cases(result: dict) -> None:
+    """Measure linears of one row and elementwise kernels."""
     result["gemv"] = gemv_cases()
     for name, entry in result["gemv"].items():
         print(f"gemv {name:16s} {msgspec.json.encode(entry).decode()}", flush=True)
@@ -194,6 +180,31 @@ def main() -> None:
             }
             result["ops"][f"{name} {n}"] = entry
             print(f"{name:16s} {n:5d} {msgspec.json.encode(entry).decode()}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", type=lambda text: tuple(text.split(",")), help="first words of cases")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    limits = ceilings()
+    result = {**describe_run(), "ceilings": limits, "attention": {}, "ops": {}}
+    print(json.dumps(limits))
+    for name, (heads, groups) in ATTENTION.items():
+        if args.only and not name.startswith(args.only):
+            continue
+        seconds, num_bytes, operations = attention_case(heads, groups)
+        entry = {
+            "us": round(seconds * 1e6, 1),
+            "gb_s": round(num_bytes / seconds / 1e9),
+            "share_of_read": round(num_bytes / seconds / 1e9 / limits["read_gb_s"], 3),
+            "tflop_s": round(operations / seconds / 1e12, 1),
+        }
+        result["attention"][name] = entry
+        print(f"{name:40s} {msgspec.json.encode(entry).decode()}", flush=True)
+        torch.cuda.empty_cache()
+    if not args.only:
+        add_other_cases(result)
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n")
 
