@@ -89,11 +89,16 @@ class TritonAttention(RotatingBackend):
             tokens = torch.arange(n, dtype=torch.int32, device=index.rows.device)
             return Plan(self._plan_decode(batch, tokens, index.rows, index.seq_lens), None)
         prefills, decodes = np.flatnonzero(~is_decode), np.flatnonzero(is_decode)
-        group = self.num_q_heads // batch.kv_pool.num_kv_heads
-        longest = int(batch.query_lens.max()) * group
-        least = max(MIN_TILE, 1 << (group - 1).bit_length())
-        block_m = max(least, MAX_TILE if longest > MAX_TILE // 2 else MAX_TILE // 2)
-        tiles = _tiles(batch, prefills, block_m // group)
+        num_kv_heads = batch.kv_pool.num_kv_heads
+        longest = int(batch.query_lens.max()) * self.num_q_heads // num_kv_heads
+        block_m, tile_tokens = self.tile_shape(
+            num_kv_heads, MAX_TILE if longest > MAX_TILE // 2 else MAX_TILE // 2
+        )
+        query_lens = batch.query_lens[prefills]
+        starts = batch.seq_lens[prefills] - query_lens
+        tiles = self.tiles(
+            batch.rows[prefills], starts, query_lens, tile_tokens, batch.cu_seqlens_q[prefills]
+        )
         columns = [batch.cu_seqlens_q[decodes], batch.rows[decodes], batch.seq_lens[decodes]]
         # Each part starts at a multiple of 16 bytes: Triton compiles a kernel anew for other alignments.
         width = -(-len(decodes) // 4) * 4
@@ -107,6 +112,42 @@ class TritonAttention(RotatingBackend):
             return Plan(None, prefill)
         parts = (uploaded[tiles.size + i * width :][: len(decodes)] for i in range(3))
         return Plan(self._plan_decode(batch, *parts), prefill)
+
+    def plan_tiles(self, tiles: Tensor, block_m: int) -> Plan:
+        """The plan of a batch all of whose tokens are in these tiles."""
+        return Plan(None, PrefillPlan(tiles, block_m))
+
+    def tile_shape(self, num_kv_heads: int, block_m: int) -> tuple[int, int]:
+        """The next size of a tile in queries that holds all heads of a token, and what it has in tokens."""
+        group = self.num_q_heads // num_kv_heads
+        block_m = max(block_m, MIN_TILE, 1 << (group - 1).bit_length())
+        return block_m, block_m // group
+
+    @staticmethod
+    def tiles(
+        rows: np.ndarray,
+        starts: np.ndarray,
+        query_lens: np.ndarray,
+        tile_tokens: int,
+        first_tokens: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Cut the new tokens of sequences into tiles: [num_tiles, TILE_FIELDS] int32, the longest first.
+
+        Args:
+            rows, starts, query_lens: [n] row, position of the first new token, number of new tokens.
+            first_tokens: [n] where in the batch these begin; None: one behind the other.
+        """
+        if first_tokens is None:
+            first_tokens = query_lens.cumsum() - query_lens
+        counts = -(-query_lens // tile_tokens)
+        owner = np.repeat(np.arange(len(rows)), counts)
+        offset = (np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)) * tile_tokens
+        tiles = np.empty((len(owner), TILE_FIELDS), dtype=np.int32)
+        tiles[:, 0] = rows[owner]
+        tiles[:, 1] = first_tokens[owner] + offset
+        tiles[:, 2] = np.minimum(query_lens[owner] - offset, tile_tokens)
+        tiles[:, 3] = starts[owner] + offset
+        return tiles[np.argsort(-tiles[:, 3], kind="stable")]
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer, batch: ForwardBatch) -> Tensor:
         """See the base class."""
@@ -187,21 +228,6 @@ class TritonAttention(RotatingBackend):
 def num_decode_splits(num_pairs: int) -> int:
     """Ranges per sequence for so many pairs of a sequence and a KV head: enough programs, no more."""
     return max(1, min(MAX_SPLITS, -(-TARGET_PROGRAMS // num_pairs)))
-
-
-def _tiles(batch: ForwardBatch, sequences: np.ndarray, tile_tokens: int) -> np.ndarray:
-    """Cut the new tokens of these sequences into tiles: [num_tiles, TILE_FIELDS] int32, the longest first."""
-    query_lens = batch.query_lens[sequences]
-    counts = -(-query_lens // tile_tokens)
-    owner = np.repeat(np.arange(len(sequences)), counts)
-    offset = (np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)) * tile_tokens
-    starts = batch.seq_lens[sequences] - query_lens
-    tiles = np.empty((len(owner), TILE_FIELDS), dtype=np.int32)
-    tiles[:, 0] = batch.rows[sequences][owner]
-    tiles[:, 1] = batch.cu_seqlens_q[sequences][owner] + offset
-    tiles[:, 2] = np.minimum(query_lens[owner] - offset, tile_tokens)
-    tiles[:, 3] = starts[owner] + offset
-    return tiles[np.argsort(-tiles[:, 3], kind="stable")]
 
 
 def _upload(array: np.ndarray, device: torch.device) -> Tensor:

@@ -183,7 +183,8 @@ def _prefill_kernel(
         scale, cap, HEAD_DIM, BLOCK_D, BLOCK_N, True, HAS_WINDOW, HAS_CAP, IS_LARGE, PRECISION, STAGES,
     )  # fmt: skip
     place = out + (first_token + token)[:, None] * out_token + head[:, None] * HEAD_DIM + dims[None, :]
-    tl.store(place, (acc / total[:, None]).to(out.dtype.element_ty), mask)
+    divisor = tl.where(total > 0.0, total, 1.0)  # a tile may have no tokens
+    tl.store(place, (acc / divisor[:, None]).to(out.dtype.element_ty), mask)
 
 
 def prefill_attention(
@@ -206,7 +207,7 @@ def prefill_attention(
         pool_k, pool_v: [num_slots, num_kv_heads, head_dim], contiguous.
         slot_table: [num_rows, width] int32.
         tiles: [num_tiles, TILE_FIELDS] int32: row, first token in q, number of tokens (at most
-            block_m // group), position of the first.
+            block_m // group; may be 0), position of the first.
         out: [t, num_q_heads * head_dim], contiguous; only the tokens of the tiles are written.
         scale, window, softcap: see AttentionLayer; scale is positive.
         block_m: queries of a tile, a power of two of at least 16 and the group.

@@ -22,6 +22,7 @@ from lightllm.worker.device_sampler import DeviceSample, DeviceSampler
 from lightllm.worker.device_tables import DeviceTables
 from lightllm.worker.inputs import StepInputs
 from lightllm.worker.model_runner import LaunchedStep, Runner, forward, prompt_logprobs_of
+from lightllm.worker.prompt_graphs import PromptGraphs
 from lightllm.worker.token_choice import OwnChoice, TokenChoice
 
 NO_SLOTS = np.empty((0, 0), dtype=np.int32)
@@ -33,6 +34,7 @@ class DeviceRunner(Runner):
     Args:
         model, backend, kv_pool, tables: as for ModelRunner, on the device.
         graphs: computes decode batches; None: eagerly, without padding.
+        prompt_graphs: computes small steps with prompts; None: eagerly, without padding.
         sampler, choice: choose and score tokens; None: this rank is the only one.
     """
 
@@ -46,6 +48,7 @@ class DeviceRunner(Runner):
         graphs: DecodeGraphs | None,
         sampler: DeviceSampler | None = None,
         choice: TokenChoice | None = None,
+        prompt_graphs: PromptGraphs | None = None,
     ) -> None:
         self.model = model
         self.backend = backend
@@ -53,6 +56,7 @@ class DeviceRunner(Runner):
         self.tables = tables
         self.device = device
         self.graphs = graphs
+        self.prompt_graphs = prompt_graphs
         self.sampler = sampler or DeviceSampler(tables, device)
         self.choice = choice or OwnChoice()
         self._last_done_s = 0.0
@@ -74,8 +78,7 @@ class DeviceRunner(Runner):
             sample = self._sample(logits[: len(lines)], inputs, lines)
             self.graphs.capture_next()
         else:
-            inputs = self.tables.inputs(batch)
-            hidden = forward(self.model, self.backend, self.kv_pool, inputs, NO_SLOTS)
+            inputs, hidden = self._forward(batch)
             lines = [i for i, is_sampling in enumerate(batch.is_sampling) if is_sampling]
             if lines:
                 sample = self._sample_eagerly(hidden, inputs, lines)
@@ -83,11 +86,22 @@ class DeviceRunner(Runner):
                 prompt_logprobs = prompt_logprobs_of(
                     batch, inputs, hidden, self.model, self.tables, self.choice
                 )
+            if self.prompt_graphs is not None:
+                self.prompt_graphs.capture_next()
         fetched = () if sample is None else (sample.token_ids, *sample.logprobs)
         download = self.device.download(*fetched)
         return LaunchedStep(
             partial(self._collect, batch, lines, sample, download, prompt_logprobs, started_s)
         )
+
+    def _forward(self, batch: ScheduledBatch) -> tuple[StepInputs, Tensor]:
+        """The inputs of a step that no decode graph computes, and its hidden states."""
+        if self.prompt_graphs is not None:
+            size = self.prompt_graphs.size_for(batch)
+            if size is not None:
+                return self.prompt_graphs.run(batch, size)
+        inputs = self.tables.inputs(batch)
+        return inputs, forward(self.model, self.backend, self.kv_pool, inputs, NO_SLOTS)
 
     def _sample(self, logits: Tensor, inputs: StepInputs, lines: list[int]) -> DeviceSample:
         """Sample for all sequences of the batch."""

@@ -19,8 +19,13 @@ CPU_WORKSPACE_BYTES = 64 * MIB
 CPU_KV_BYTES = 2 * 1024**3
 # What a GPU needs beside tensors of ours: the libraries' workspaces and fragmentation.
 CUDA_LIBRARY_BYTES = 512 * MIB
+# Of a device that others use too, left to the driver.
+CUDA_CONTEXT_BYTES = 256 * MIB
 # Measured on an H100, 32 layers: a captured graph takes 3 to 6 MiB of the driver's memory.
 GRAPH_BYTES_PER_LAYER = 192 * 1024
+# Steps with prompts of up to so many tokens get a graph, by multiples of the first number. With more of them
+# the GPU takes longer than Python needs to launch its kernels.
+PROMPT_GRAPH_STEP, PROMPT_GRAPH_TOKENS = 64, 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +38,7 @@ class MemoryLedger:
         tables: token ids and slots of all rows.
         workspace: activations of the largest step, and what libraries take.
         logits: of the largest step that samples, with what sampling makes of them.
-        graphs: all decode graphs.
+        graphs: all graphs, with the memory that those of prompts compute in.
         kv_budget: left for KV.
         kv: taken for it.
     """
@@ -74,9 +79,13 @@ def plan_memory(
     # The model's own dtype, float32, and a copy for graphs or for what the processors change.
     logits = min(engine.running_max_req_size, engine.batch_max_tokens) * model.vocab_size * 10
     workspace = CUDA_LIBRARY_BYTES + engine.batch_max_tokens * _activation_bytes(model, dtype)
-    graphs = num_graph_sizes(config) * model.num_hidden_layers * GRAPH_BYTES_PER_LAYER
-    in_use = total - free
-    budget = int(total * engine.mem_fraction) - in_use - weights - tables - workspace - logits - graphs
+    prompt_sizes = prompt_graph_sizes(config, engine.max_req_total_len)
+    num_graphs = num_graph_sizes(config) + len(prompt_sizes)
+    graphs = num_graphs * model.num_hidden_layers * GRAPH_BYTES_PER_LAYER
+    graphs += max(prompt_sizes, default=0) * _activation_bytes(model, dtype)
+    # The fraction is of the whole device; what others hold of the rest of it is not counted twice.
+    share = min(int(total * engine.mem_fraction), free - CUDA_CONTEXT_BYTES)
+    budget = share - weights - tables - workspace - logits - graphs
     return MemoryLedger(total, free, weights, tables, workspace, logits, graphs, budget)
 
 
@@ -118,6 +127,13 @@ def _limit_asked(config: Config, ledger: MemoryLedger, fits: int, per_token: int
 def num_graph_sizes(config: Config) -> int:
     """How many batch sizes get a graph."""
     return 0 if config.graph.disable_cudagraph else len(graph_sizes(config))
+
+
+def prompt_graph_sizes(config: Config, max_len: int) -> list[int]:
+    """The numbers of tokens of steps with prompts that get a graph; none if rows are shorter than padding."""
+    if config.graph.disable_cudagraph or max_len < PROMPT_GRAPH_STEP:
+        return []
+    return list(range(PROMPT_GRAPH_STEP, PROMPT_GRAPH_TOKENS + 1, PROMPT_GRAPH_STEP))
 
 
 def graph_sizes(config: Config) -> list[int]:

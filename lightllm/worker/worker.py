@@ -30,7 +30,7 @@ from lightllm.native.library import NativeLibrary, NativeUnavailable
 from lightllm.weights.base import WeightSource
 from lightllm.worker.inputs import RowTables
 from lightllm.worker.kv_exchange import ExchangingRunner, open_kv_link
-from lightllm.worker.memory import graph_sizes, num_kv_slots, plan_memory
+from lightllm.worker.memory import graph_sizes, num_kv_slots, plan_memory, prompt_graph_sizes
 from lightllm.worker.model_runner import LaunchedStep, ModelRunner, Runner
 from lightllm.worker.quantization import quantized
 from lightllm.worker.token_choice import make_choice
@@ -207,26 +207,33 @@ def _make_runner(
     choice = make_choice(rank, size, collectives)
     if not device.is_async:
         return ModelRunner(model, backend, pool, RowTables(max_rows, max_len), choice)
-    from lightllm.worker.cuda_graph import DecodeGraphs  # these need triton
+    from lightllm.attention.triton_gqa import TritonAttention  # these need triton
+    from lightllm.worker.cuda_graph import DecodeGraphs
     from lightllm.worker.device_runner import DeviceRunner
     from lightllm.worker.device_sampler import make_sampler
     from lightllm.worker.device_tables import DeviceTables
+    from lightllm.worker.lazy_graphs import GraphMemory
+    from lightllm.worker.prompt_graphs import PromptGraphs
 
     tables = DeviceTables(max_rows, max_len, device)
-    graphs = None
+    graphs = prompt_graphs = None
     if not config.graph.disable_cudagraph:
-        longest = config.graph.graph_max_len_in_batch or max_len
+        longest, memory = config.graph.graph_max_len_in_batch or max_len, GraphMemory()
         graphs = DecodeGraphs(
             model,
             backend,
             pool,
             tables,
+            memory,
             sizes=graph_sizes(config),
             max_len=min(longest, max_len),
             vocab_size=model.config.vocab_size if parallel.is_leader else 0,
         )
+        sizes = prompt_graph_sizes(config, max_len)
+        if sizes and isinstance(backend, TritonAttention):
+            prompt_graphs = PromptGraphs(model, backend, pool, tables, device, memory, sizes=sizes)
     sampler = make_sampler(rank, size, tables, device, collectives)
-    return DeviceRunner(model, backend, pool, tables, device, graphs, sampler, choice)
+    return DeviceRunner(model, backend, pool, tables, device, graphs, sampler, choice, prompt_graphs)
 
 
 def _name(dtype: torch.dtype) -> str:

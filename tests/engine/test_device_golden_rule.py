@@ -21,6 +21,8 @@ from lightllm.weights.dummy import DummySource
 from lightllm.worker.cuda_graph import DecodeGraphs
 from lightllm.worker.device_runner import DeviceRunner
 from lightllm.worker.device_tables import DeviceTables
+from lightllm.worker.lazy_graphs import GraphMemory
+from lightllm.worker.prompt_graphs import PromptGraphs
 from tests.engine.harness import LocalEngine
 from tests.engine.test_golden_rule import (
     CONFIG,
@@ -39,6 +41,7 @@ from tests.engine.test_golden_rule import engine_of as cpu_engine_of
 __all__ = ["oracle"]
 MAX_LEN = 320
 SIZES = [1, 2, 4, 8, 16]
+PROMPT_SIZES = [64, 128, 192, 256]
 GRAPHS = {"no_graphs": None, "eager_padded": False, "graphs": True}
 MANY_FIELDS = SamplingParams(
     max_new_tokens=12,
@@ -90,12 +93,12 @@ def engine_of(model, device: Device, capture: bool | None = None, **flags) -> Lo
 
     def make_runner(max_rows: int) -> DeviceRunner:
         tables = DeviceTables(max_rows, MAX_LEN, device)
-        graphs = None
-        if capture is not None:
-            graphs = DecodeGraphs(
-                model, model.backend, pool, tables, sizes=SIZES, max_len=MAX_LEN, enable_capture=capture
-            )
-        return DeviceRunner(model, model.backend, pool, tables, device, graphs)
+        if capture is None:
+            return DeviceRunner(model, model.backend, pool, tables, device, None)
+        parts, memory = (model, model.backend, pool, tables), GraphMemory()
+        decode = DecodeGraphs(*parts, memory, sizes=SIZES, max_len=MAX_LEN, enable_capture=capture)
+        prompt = PromptGraphs(*parts, device, memory, sizes=PROMPT_SIZES, enable_capture=capture)
+        return DeviceRunner(*parts, device, decode, prompt_graphs=prompt)
 
     return LocalEngine(
         model,
@@ -125,13 +128,14 @@ def few_programs(monkeypatch, device: Device) -> None:
 
 
 @pytest.mark.usefixtures("few_programs")
+@pytest.mark.parametrize("capture", [None, False], ids=["no_graphs", "eager_padded"])
 @pytest.mark.parametrize("params", [GREEDY, MANY_FIELDS], ids=["greedy", "many_fields"])
-def test_few_tokens_are_those_of_the_cpu(model, device_model, device: Device, params) -> None:
+def test_few_tokens_are_those_of_the_cpu(model, device_model, device: Device, params, capture) -> None:
     short = msgspec.structs.replace(params, max_new_tokens=3)
     engine = cpu_engine_of(model)
     expected = engine.run_detailed(PROMPTS[1], short), engine.run(PROMPTS[:2], short)
     engine.close()
-    engine = engine_of(device_model, device)
+    engine = engine_of(device_model, device, capture)
     got = engine.run_detailed(PROMPTS[1], short), engine.run(PROMPTS[:2], short)
     engine.close()
     assert got[1] == expected[1]
@@ -190,3 +194,4 @@ def test_graphs_are_captured_and_used(device_model, device: Device) -> None:
     runner = engine.executor._worker.runner  # type: ignore[attr-defined]
     engine.close()
     assert 8 in runner.graphs.graphs
+    assert runner.prompt_graphs.graphs
