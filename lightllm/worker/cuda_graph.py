@@ -1,90 +1,83 @@
-"""CUDA graphs of decode steps: one per batch size. A batch of decodes is padded to the next size."""
+"""CUDA graphs of steps of fixed sizes, captured while the server already runs.
 
-from bisect import bisect_left
+A size that has been used a few times, computed eagerly from the same memory, gets its graph between two
+steps; capturing runs nothing on the device, which meanwhile works on the step before. All graphs share one
+pool of memory, since they never run side by side. Runs in the worker's thread.
+"""
 
-import numpy as np
+import logging
+import time
+from abc import ABC, abstractmethod
+from functools import cached_property
+from typing import Any
+
 import torch
-from torch import Tensor
 
-from lightllm.attention.base import AttentionBackend
-from lightllm.device.forward_batch import ForwardBatch
-from lightllm.device.kv_pool import KVPool
-from lightllm.messages import ScheduledBatch
-from lightllm.models.base import Model
-from lightllm.worker.device_tables import DeviceTables, StepTensors, aligned
-from lightllm.worker.lazy_graphs import GraphMemory, LazyGraphs
+logger = logging.getLogger(__name__)
+
+# Eager steps of a size before it is captured: the first compile its kernels.
+MIN_USES = 2
 
 
-class DecodeGraphs(LazyGraphs):
-    """Computes decode batches of fixed sizes.
+class GraphMemory:
+    """What graphs that never run side by side share: their memory, and the stream they are captured on."""
+
+    @cached_property
+    def pool(self) -> Any:
+        """A handle of torch's."""
+        return torch.cuda.graph_pool_handle()
+
+    @cached_property
+    def stream(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream()  # type: ignore[no-untyped-call]
+
+
+class LazyGraphs(ABC):
+    """Computes steps of some sizes, from a graph where there is one.
 
     Args:
-        memory: see LazyGraphs.
-        sizes: batch sizes, rising.
-        max_len: a batch with a longer sequence is not taken.
-        enable_capture: see LazyGraphs.
-        vocab_size: columns of the logits that this rank gets; None: the model's.
+        what: a step computes, in words for the log.
+        sizes: rising.
+        memory: for the graphs.
+        enable_capture: off, everything is computed eagerly: the same numbers, for tests.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        backend: AttentionBackend,
-        kv_pool: KVPool,
-        tables: DeviceTables,
-        memory: GraphMemory,
-        *,
-        sizes: list[int],
-        max_len: int,
-        enable_capture: bool = True,
-        vocab_size: int | None = None,
-    ) -> None:
-        super().__init__("sequences", sizes, memory, enable_capture)
-        self.model = model
-        self.backend = backend
-        self.kv_pool = kv_pool
-        self.tables = tables
-        self.max_len = max_len
-        device, largest = tables.slots.device, sizes[-1]
-        self._packed = torch.zeros(3 * aligned(largest), dtype=torch.int32, device=device)
-        self._columns = torch.zeros(3, aligned(largest), dtype=torch.int64, device=device)
-        self._step_tensors: dict[int, StepTensors] = {}
-        width = model.config.vocab_size if vocab_size is None else vocab_size
-        self._logits = torch.empty(largest, width, dtype=torch.float32, device=device)
+    def __init__(self, what: str, sizes: list[int], memory: GraphMemory, enable_capture: bool) -> None:
+        self.what = what
+        self.sizes = sizes
+        self.memory = memory
+        self.enable_capture = enable_capture
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._uses = dict.fromkeys(sizes, 0)
 
-    def tensors_for(self, batch: ScheduledBatch) -> StepTensors | None:
-        """Where to put the inputs of this batch; None if it is not one of decodes, or too large or long."""
-        n = len(batch.rows)
-        is_decode = batch.num_new_tokens.count(1) == n and all(batch.is_sampling)
-        if n > self.sizes[-1] or not is_decode or max(batch.starts) >= self.max_len:
-            return None
-        return self._tensors(self.sizes[bisect_left(self.sizes, n)])
+    def capture_next(self) -> None:
+        """Capture the graph that was missed most often, if one was often enough. Call between steps."""
+        size = max(self._uses, key=self._uses.__getitem__)
+        if self.enable_capture and self._uses[size] >= MIN_USES:
+            self._capture(size)
 
-    def run(self, tensors: StepTensors) -> Tensor:
-        """Compute from the inputs that lie there; logits [size, vocab_size], valid until the next call."""
-        self._run(tensors.size)
-        return self._logits[: tensors.size]
+    def _run(self, size: int) -> None:
+        """Compute a step of that size from its inputs, which lie where they always do."""
+        graph = self.graphs.get(size)
+        if graph is None:
+            self._uses[size] += 1
+            self._compute(size)
+        else:
+            graph.replay()
 
+    @abstractmethod
     def _compute(self, size: int) -> None:
-        tensors = self._tensors(size)
-        ones = np.ones(size, dtype=np.int64)
-        batch = ForwardBatch.build(
-            rows=ones,  # a plan of decodes reads the index only
-            seq_lens=ones,
-            query_lens=ones,
-            positions=tensors.positions,
-            out_slots=tensors.out_slots,
-            slot_table=np.empty((0, 0), dtype=np.int32),
-            kv_pool=self.kv_pool,
-            index=tensors.index,
-        )
-        batch.plan = self.backend.plan(batch)
-        hidden = self.model(tensors.token_ids, tensors.positions, batch)
-        self._logits[:size].copy_(self.model.logits(hidden))
+        """Compute it eagerly, into memory that is always the same."""
 
-    def _tensors(self, size: int) -> StepTensors:
-        if size not in self._step_tensors:
-            self._step_tensors[size] = StepTensors.inside(
-                size, self._packed, self._columns, self.tables.slots
-            )
-        return self._step_tensors[size]
+    def _capture(self, size: int) -> None:
+        started = time.perf_counter()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(self.memory.stream):
+            # Other threads of the process (the engine waiting for a result) must not end the capture.
+            graph.capture_begin(pool=self.memory.pool, capture_error_mode="thread_local")
+            self._compute(size)
+            graph.capture_end()
+        self.graphs[size] = graph
+        self._uses[size] = -1
+        duration_ms = (time.perf_counter() - started) * 1e3
+        logger.debug("captured the graph of %d %s in %.0f ms", size, self.what, duration_ms)

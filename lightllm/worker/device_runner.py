@@ -17,7 +17,7 @@ from lightllm.device.base import Device, Download
 from lightllm.device.kv_pool import KVPool
 from lightllm.messages import ScheduledBatch, StepOutput, TokenLogprobs
 from lightllm.models.base import Model
-from lightllm.worker.cuda_graph import DecodeGraphs
+from lightllm.worker.decode_graphs import DecodeGraphs
 from lightllm.worker.device_sampler import DeviceSample, DeviceSampler
 from lightllm.worker.device_tables import DeviceTables
 from lightllm.worker.inputs import StepInputs

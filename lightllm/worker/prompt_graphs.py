@@ -19,9 +19,9 @@ from lightllm.kernels.prefill_attention import TILE_FIELDS
 from lightllm.kernels.row_tables import gather_inputs
 from lightllm.messages import ScheduledBatch
 from lightllm.models.base import Model
+from lightllm.worker.cuda_graph import GraphMemory, LazyGraphs
 from lightllm.worker.device_tables import DeviceTables
 from lightllm.worker.inputs import StepInputs, ranges
-from lightllm.worker.lazy_graphs import GraphMemory, LazyGraphs
 
 MAX_SEQUENCES = 8
 # A decode is read by one program for each KV head, which is slow where its sequence is long.

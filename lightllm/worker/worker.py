@@ -208,11 +208,11 @@ def _make_runner(
     if not device.is_async:
         return ModelRunner(model, backend, pool, RowTables(max_rows, max_len), choice)
     from lightllm.attention.triton_gqa import TritonAttention  # these need triton
-    from lightllm.worker.cuda_graph import DecodeGraphs
+    from lightllm.worker.cuda_graph import GraphMemory
+    from lightllm.worker.decode_graphs import DecodeGraphs
     from lightllm.worker.device_runner import DeviceRunner
     from lightllm.worker.device_sampler import make_sampler
     from lightllm.worker.device_tables import DeviceTables
-    from lightllm.worker.lazy_graphs import GraphMemory
     from lightllm.worker.prompt_graphs import PromptGraphs
 
     tables = DeviceTables(max_rows, max_len, device)

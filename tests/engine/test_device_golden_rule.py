@@ -18,10 +18,10 @@ from lightllm.layers.triton_ops import TritonOps
 from lightllm.models import load_model, tensor_shapes
 from lightllm.sampling_params import SamplingParams
 from lightllm.weights.dummy import DummySource
-from lightllm.worker.cuda_graph import DecodeGraphs
+from lightllm.worker.cuda_graph import GraphMemory
+from lightllm.worker.decode_graphs import DecodeGraphs
 from lightllm.worker.device_runner import DeviceRunner
 from lightllm.worker.device_tables import DeviceTables
-from lightllm.worker.lazy_graphs import GraphMemory
 from lightllm.worker.prompt_graphs import PromptGraphs
 from tests.engine.harness import LocalEngine
 from tests.engine.test_golden_rule import (
