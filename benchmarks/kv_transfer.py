@@ -27,9 +27,9 @@ from lightllm.messages import KVLayout, KVSource, KVTarget, KVTransferOrder
 from lightllm.model_config import ModelConfig
 from lightllm.transfer import LANES
 from lightllm.transfer.base import Limits
-from lightllm.transfer.lane import SpareEnds
+from lightllm.transfer.lane import open_lanes
 from lightllm.transfer.link import KVLink
-from lightllm.transfer.plan import KVRows
+from lightllm.transfer.plan import HostRows
 from lightllm.transfer.shipment import Node
 
 MODEL = ModelConfig.from_hf(
@@ -87,14 +87,11 @@ def open_link(lane: str, epoch: int) -> KVLink:
     pool = KVPool(MODEL, NUM_SLOTS, torch.float32)
     for tensor in (*pool.k, *pool.v):
         tensor.fill_(1.0)
-    rows = KVRows(pool)
     node = Node(
-        rows=rows,
-        spare_ends=SpareEnds(rows.block_bytes),
         layout=LAYOUT,
         token=TOKEN,
         epoch=epoch,
-        lanes=(lane,),
+        lanes=open_lanes((lane,), HostRows(pool)),
         limits=Limits(),
     )
     return KVLink(node, "127.0.0.1", 0)

@@ -11,6 +11,7 @@ import socket
 
 _NUMERIC = re.compile(r"[0-9.]+")
 # Underscores are no legal host names, but container networks are full of them.
+_HOST_PORT = re.compile(r"(?:\[([^\s\[\]]*:[^\s\[\]]*)\]|([^\s\[\]:]+)):([0-9]{1,5})")
 _LABEL = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)")
 
 
@@ -48,3 +49,24 @@ def is_loopback(host: str) -> bool:
         return False
     mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
     return (mapped or address).is_loopback
+
+
+def split_addresses(text: str) -> list[tuple[str, int]]:
+    """Take `host:port[,host:port]` apart; an IPv6 literal stands in brackets. Hosts are normalised.
+
+    Raises:
+        ValueError: one of them is not such an address; it is named.
+    """
+    found = []
+    for part in text.split(","):
+        match = _HOST_PORT.fullmatch(part)
+        host = normalize_host((match[1] or match[2]) if match else "")
+        if match is None or not is_address(host) or not 0 < int(match[3]) < 65536:
+            raise ValueError(f"{part!r} is not HOST:PORT")
+        found.append((host, int(match[3])))
+    return found
+
+
+def join_address(host: str, port: int) -> str:
+    """host:port as it stands in a URL."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from lightllm.addresses import is_address, normalize_host
+from lightllm.addresses import is_address, normalize_host, split_addresses
 from lightllm.config import FLAGS
 from lightllm.env import PREFIX, read_flag_variables
 from lightllm.errors import ConfigError, LightLLMError
@@ -27,7 +27,6 @@ HELP_WIDTH = 100
 _SECRET = re.compile(r"[!-+\--~]+")
 _URL = re.compile(r"https?://[^\s/]+(/\S*)?")
 _ORIGIN = re.compile(r"\*|https?://[^\s/]+")
-_STORE = re.compile(r"memory|etcd://[^\s/:]+:[0-9]{1,5}")
 _QUANT_PREFIXES = ("vllm-", "deepgemm-", "triton-")
 
 
@@ -306,13 +305,25 @@ def _checked_text(kind: str, text: str, spelled: str, warnings: list[str]) -> st
         return host
     if kind == "path":
         return os.path.expanduser(text)
+    if kind == "store" and text != "memory":
+        _check_store(text, spelled)
     patterns = {"url": (_URL, "http(s)://..."), "origin": (_ORIGIN, "* or http(s)://HOST[:PORT]")}
-    patterns["store"] = (_STORE, "memory or etcd://HOST:PORT")
     if kind in patterns:
         pattern, allowed = patterns[kind]
         if not pattern.fullmatch(text):
             raise ConfigError(f"{spelled}: got {text!r}, allowed {allowed}")
     return text
+
+
+def _check_store(text: str, spelled: str) -> None:
+    scheme, _, addresses = text.partition("://")
+    try:
+        if scheme != "etcd":
+            raise ValueError("there is no other kind of store")
+        split_addresses(addresses)
+    except ValueError as error:
+        allowed = "memory or etcd://HOST:PORT[,HOST:PORT]"
+        raise ConfigError(f"{spelled}: got {text!r}, allowed {allowed}: {error}") from error
 
 
 def _json_object(text: str, spelled: str) -> dict[str, Any]:

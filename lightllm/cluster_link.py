@@ -300,6 +300,11 @@ def _mac(key: bytes, label: bytes, *parts: bytes) -> bytes:
     return hmac.digest(key, text, hashlib.sha256)
 
 
+def signature(token: bytes, purpose: str, *parts: bytes) -> bytes:
+    """Shows, of what is kept in a third place, that its writer knew the token; equal for equal arguments."""
+    return _mac(token, b"signature", purpose.encode(), *parts)[:MAC_BYTES]
+
+
 def _link_keys(token: bytes, challenge: bytes, hello: bytes) -> tuple[bytes, bytes]:
     """One key for each direction, the dialer's first: a frame cannot be sent back to where it came from."""
     return _mac(token, b"from dialer", challenge, hello), _mac(token, b"from acceptor", challenge, hello)

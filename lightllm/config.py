@@ -274,8 +274,8 @@ class ConfigServerSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unkn
     config_server_store: Annotated[
         str,
         Flag(
-            "where the directory is kept: memory or etcd://host:port",
-            stage="-",
+            "config_server: where its list is kept: memory, or etcd://HOST:PORT[,HOST:PORT]",
+            stage="P",
             kind="store",
             metavar="STORE",
         ),

@@ -14,6 +14,7 @@
      |   +- DeadlineExceeded       the request's deadline passed first
      +- ClusterError           a node link was refused or lost
      |   +- LinkRefused, LinkBroken, WebSocketRefused   in cluster_link and web_socket
+     |   +- EtcdUnavailable        in config_server/etcd
      +- CallFailed, WorkloadError, ServerFailed   of the programs in bench/: a call, its prompts, its server
 
 Every error that can reach a client carries a `code` from `ERROR_CODES`; that table alone maps codes to
@@ -45,7 +46,7 @@ def _kinds() -> dict[str, ErrorKind]:
         (429, "rate_limit_error", "queue_full"),
         (431, "invalid_request_error", "headers_too_large"),
         (500, "server_error", "internal"),
-        (503, "server_error", "loading draining engine_down no_nodes node_lost"),
+        (503, "server_error", "loading draining engine_down no_nodes node_lost store_down"),
         (503, "server_error", "kv_full kv_transfer_failed lease_expired"),
         (504, "timeout_error", "deadline"),
     ]

@@ -204,6 +204,11 @@ def _check_cluster(case: _Case) -> None:
                 f"{' and '.join(http)} with --run_mode config_server: it binds --config_server_host and "
                 f"--config_server_port; leave {' and '.join(http)} out"
             )
+    elif case.config.config_server.config_server_store != "memory":
+        raise ConfigError(
+            f"--config_server_store {case.config.config_server.config_server_store} with --run_mode {mode}: "
+            "only a config_server keeps a list; leave it out here"
+        )
     if mode in ("prefill", "decode"):
         master = case.given("pd_master_ip")
         if bool(master) == bool(directory):
@@ -364,6 +369,8 @@ def _unchecked(case: _Case) -> list[str]:
     peers = {"pd_master_ip": config.pd.pd_master_ip}
     if config.server.run_mode != "config_server":
         peers["config_server_host"] = config.config_server.config_server_host
+    elif config.config_server.config_server_store != "memory":
+        peers["config_server_store"] = config.config_server.config_server_store
     if config.parallel.nnodes > 1:
         peers["nccl_host"] = config.parallel.nccl_host
     found += [f"--{name} {host}: not contacted" for name, host in peers.items() if host]

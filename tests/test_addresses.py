@@ -2,7 +2,7 @@
 
 import pytest
 
-from lightllm.addresses import is_address, is_loopback, normalize_host
+from lightllm.addresses import is_address, is_loopback, join_address, normalize_host, split_addresses
 
 
 @pytest.mark.parametrize(
@@ -43,3 +43,16 @@ def test_loopback():
     # A socket for both families shows IPv4 clients so; and what begins like loopback need not be it.
     assert is_loopback("::ffff:127.0.0.1")
     assert not any(is_loopback(host) for host in ("::ffff:10.0.0.1", "::1234"))
+
+
+def test_lists_of_addresses():
+    assert split_addresses("a:1") == [("a", 1)]
+    assert split_addresses("127.1:2379,[::1]:2") == [("127.0.0.1", 2379), ("::1", 2)]
+    assert [join_address(*address) for address in split_addresses("a:1,[::1]:2")] == ["a:1", "[::1]:2"]
+
+
+@pytest.mark.parametrize("part", ["", "a", "a:", ":1", "a:0", "a:65536", "::1:2", "[a]:1", "a b:1", "a:1:2"])
+def test_the_wrong_one_of_a_list_is_named(part):
+    with pytest.raises(ValueError) as caught:
+        split_addresses(f"a:1,{part}")
+    assert repr(part) in str(caught.value)

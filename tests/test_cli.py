@@ -90,6 +90,7 @@ def test_spellings_of_a_name(argv):
         (["--load_way", "HF", "--port", "1"], {"port": 1}),
         (["--load-way=HF"], {}),
         (["--config_server_store", "etcd://h:2379"], {"config_server_store": "etcd://h:2379"}),
+        (["--config_server_store", "etcd://a:1,[::1]:2"], {"config_server_store": "etcd://a:1,[::1]:2"}),
         (["--cors_origins", "*", "--cors_origins", "http://a:1"], {"cors_origins": ("*", "http://a:1")}),
     ],
 )
@@ -138,6 +139,8 @@ def test_accepted(argv, expected):
         (["--otlp_endpoint", "collector:4317"], ["http(s)://"]),
         (["--cors_origins", "http://a/b"], ["HOST[:PORT]"]),
         (["--config_server_store", "redis://h"], ["memory or etcd"]),
+        (["--config_server_store", "h:2379"], ["memory or etcd"]),
+        (["--config_server_store", "etcd://h:2379,"], ["memory or etcd", "'' is not HOST:PORT"]),
         (["--load_way", "DS"], ["--load_way", "only HF"]),
         (["--enable_fa3"], ["--enable_fa3", "--attention_backend"]),
         (["--mode", "triton_int8kv"], ["--mode", "--kv_cache_dtype"]),

@@ -20,6 +20,7 @@ from lightllm.cluster_link import (
     StreamFrames,
     cluster_token,
     new_epoch,
+    signature,
 )
 from lightllm.errors import ConfigError
 
@@ -271,3 +272,14 @@ def test_the_handshake_over_a_real_socket() -> None:
     left.close()
     right.close()
     assert results == [b"pong"]
+
+
+def test_a_signature_is_of_one_token_purpose_and_text() -> None:
+    base = signature(TOKEN, "entry", b"ab", b"c")
+    assert base == signature(TOKEN, "entry", b"ab", b"c")
+    others = [
+        (TOKEN + b"x", "entry", b"ab", b"c"),
+        (TOKEN, "other", b"ab", b"c"),
+        (TOKEN, "entry", b"a", b"bc"),
+    ]
+    assert base not in [signature(*arguments) for arguments in others]

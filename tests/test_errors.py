@@ -4,6 +4,7 @@ import pytest
 
 from lightllm import errors
 from lightllm.bench import http_client, private_server, workload
+from lightllm.config_server import etcd
 from lightllm.errors import ERROR_CODES, ConfigError, ContextLengthError, LightLLMError
 
 # interfaces: status -> type, and the codes that may occur with it.
@@ -24,7 +25,12 @@ STATUS_TYPES = {
 
 
 # Where classes of the tree are defined outside errors.py.
-ELSEWHERE = (http_client.CallFailed, private_server.ServerFailed, workload.WorkloadError)
+ELSEWHERE = (
+    etcd.EtcdUnavailable,
+    http_client.CallFailed,
+    private_server.ServerFailed,
+    workload.WorkloadError,
+)
 
 
 def tree(root: type[LightLLMError] = LightLLMError) -> list[type[LightLLMError]]:

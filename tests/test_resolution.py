@@ -142,7 +142,6 @@ RESERVED = {
     "mtp_mode": "deepseekv3",
     "mtp_step": "1",
     "mtp_draft_model_dir": "d",
-    "config_server_store": "etcd://h:1",
     "output_constraint_mode": "none",
     "tool_call_parser": "none",
     "reasoning_parser": "none",
@@ -234,6 +233,10 @@ DIRECTORY = "--config_server_host 10.0.0.1 --config_server_port 60088"
         ),
         ("--run_mode config_server", ["--run_mode config_server", "--config_server_host"]),
         (f"--run_mode config_server {DIRECTORY} --port 1", ["--port", "--run_mode config_server"]),
+        (
+            f"--run_mode pd_master {DIRECTORY} --config_server_store etcd://e:2379",
+            ["--config_server_store etcd://e:2379", "--run_mode pd_master"],
+        ),
         (f"--run_mode prefill {MASTER} --tp 2 --nnodes 2", ["--run_mode prefill", "--nnodes 2"]),
         (
             "--running_max_req_size 10 --max_total_token_num 9",
@@ -254,6 +257,7 @@ def test_cross_rules_name_both_flags(line, flags):
         f"--run_mode pd_master {DIRECTORY}",
         "--run_mode pd_master",
         f"--run_mode config_server {DIRECTORY}",
+        f"--run_mode config_server {DIRECTORY} --config_server_store etcd://e:2379,f:2379",
     ],
 )
 def test_lines_that_are_right(line):
@@ -280,6 +284,8 @@ def test_peers_are_not_contacted():
     assert not any(
         "contacted" in text for text in run(f"--run_mode config_server {DIRECTORY} --dry_run").unchecked
     )
+    line = f"--run_mode config_server {DIRECTORY} --config_server_store etcd://e:2379 --dry_run"
+    assert "--config_server_store etcd://e:2379: not contacted" in run(line).unchecked
 
 
 def test_open_server_without_key_is_warned_about():

@@ -1,8 +1,8 @@
 """The config_server: pd_masters keep themselves listed here, nodes follow the list.
 
-Everything is in memory and comes back by itself after a restart, because masters register anew. Traffic never
-needs it. Serves two WebSockets, the list as JSON for people, and the health routes. Runs in a process of its
-own; knows no model, no request and no node.
+The list lies in a `store`, and comes back by itself after a restart, because masters register anew. Traffic
+never needs it. Serves two WebSockets, the list as JSON for people, and the health routes. Runs in a process
+of its own; knows no model, no request and no node.
 """
 
 import json
@@ -26,6 +26,7 @@ from lightllm.cluster_messages import (
     MasterEntry,
     MasterList,
 )
+from lightllm.config_server.store import Store
 from lightllm.node_link import Link, accept
 from lightllm.web_socket import WebSocket
 
@@ -42,12 +43,15 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]
 class MasterDirectory:
     """The list of pd_masters and all who follow it. A master is listed as long as its link lives."""
 
-    def __init__(self, token: bytes, epoch: int) -> None:
+    def __init__(self, token: bytes, epoch: int, store: Store) -> None:
         self.version = 0
+        self.store = store
         self._token = token
         self._epoch = epoch
-        self._entries: dict[str, tuple[MasterEntry, _MasterEnd]] = {}
+        self._entries: list[MasterEntry] = []
+        self._ends: dict[str, _MasterEnd] = {}
         self._watchers: set[Link] = set()
+        store.on_change = self._changed
 
     @property
     def num_watchers(self) -> int:
@@ -56,7 +60,7 @@ class MasterDirectory:
 
     def listing(self) -> MasterList:
         """The list as it is now."""
-        return MasterList(version=self.version, pd_masters=[entry for entry, _ in self._entries.values()])
+        return MasterList(version=self.version, pd_masters=self._entries)
 
     def accept_master(self, socket: WebSocket) -> None:
         """A WebSocket opened at MASTER_PATH."""
@@ -68,20 +72,19 @@ class MasterDirectory:
 
     def list_master(self, end: "_MasterEnd", entry: MasterEntry) -> None:
         """A master is there; a new life of it replaces the old one."""
-        earlier = self._entries.get(entry.node_id)
-        self._entries[entry.node_id] = entry, end
+        earlier = self._ends.get(entry.node_id)
+        self._ends[entry.node_id] = end
         if earlier is not None:
-            earlier[1].close("this pd_master has registered anew")
+            earlier.close("this pd_master has registered anew")
         logger.info("%s is listed at %s:%d", entry.node_id, entry.host, entry.port)
-        self._changed()
+        self.store.put(entry)
 
-    def unlist_master(self, end: "_MasterEnd", reason: str) -> None:
+    def unlist_master(self, end: "_MasterEnd", entry: MasterEntry, reason: str) -> None:
         """A master's link is gone; nothing happens if another one has taken its place."""
-        for node_id, (_, owner) in list(self._entries.items()):
-            if owner is end:
-                del self._entries[node_id]
-                logger.info("%s is not listed any more: %s", node_id, reason)
-                self._changed()
+        if self._ends.get(entry.node_id) is end:
+            del self._ends[entry.node_id]
+            logger.info("%s is not listed any more: %s", entry.node_id, reason)
+            self.store.remove(entry)
 
     def watch(self, link: Link) -> None:
         """Send the list now and whenever it changes."""
@@ -92,8 +95,9 @@ class MasterDirectory:
         """The link is gone."""
         self._watchers.discard(link)
 
-    def _changed(self) -> None:
+    def _changed(self, entries: list[MasterEntry]) -> None:
         self.version += 1
+        self._entries = entries
         listing = self.listing()
         for link in list(self._watchers):
             link.send(listing)
@@ -144,7 +148,8 @@ class _MasterEnd:
 
     def on_closed(self, link: Link, reason: str) -> None:
         """Gone."""
-        self._directory.unlist_master(self, reason)
+        assert self._entry is not None
+        self._directory.unlist_master(self, self._entry, reason)
 
     def heartbeat(self, link: Link) -> Beat:
         """Alive."""
@@ -214,6 +219,9 @@ class ConfigServerApp:
             await self._fail(send, "not_found", f"{path[:200]}: there is no such route on a config_server")
         elif scope["method"] not in ("GET", "HEAD"):
             await self._fail(send, "method_not_allowed", f"{path}: got {scope['method']}, allowed GET")
+        elif directory.store.fault and path in ("/health", "/healthz"):
+            text = f"the store cannot be used: {directory.store.fault}; the last list stays in force"
+            await self._fail(send, "store_down", text)
         elif path in HEALTH:
             await _answer(send, {HEALTH[path]: "Ok" if HEALTH[path] == "message" else "ok"})
         elif not self._may_read(scope):
@@ -233,6 +241,8 @@ class ConfigServerApp:
             f"lightllm_pd_masters {len(directory.listing().pd_masters)}\n"
             "# TYPE lightllm_pd_master_watchers gauge\n"
             f"lightllm_pd_master_watchers {directory.num_watchers}\n"
+            "# TYPE lightllm_config_server_store_up gauge\n"
+            f"lightllm_config_server_store_up {int(not directory.store.fault)}\n"
         ).encode()
 
     def _may_read(self, scope: dict[str, Any]) -> bool:

@@ -1,6 +1,7 @@
 """The config_server process: `python -m lightllm.server.config_server_main`, started by the supervisor.
 
-Serves `config_server.app` over the frontend's HTTP protocol class. Loads no model and no tokenizer.
+Serves `config_server.app` over the frontend's HTTP protocol class, and keeps its store. Loads no model and no
+tokenizer.
 """
 
 import asyncio
@@ -21,7 +22,8 @@ from lightllm.api.protocol import uvicorn_config
 from lightllm.cluster_link import cluster_token, new_epoch
 from lightllm.config import Config, decode_config
 from lightllm.config_server.app import ConfigServerApp, MasterDirectory, Send
-from lightllm.errors import LightLLMError
+from lightllm.config_server.store import Store, make_store
+from lightllm.errors import ClusterError, ConfigError, LightLLMError
 from lightllm.logs import setup_logging
 from lightllm.messages import ChildConfig, ChildFailed, ChildReady, Drain, ToChild
 from lightllm.server.child import Parent
@@ -49,13 +51,17 @@ def main() -> int:
 async def _serve(parent: Parent, child: ChildConfig, config: Config) -> None:
     token = cluster_token(config.security.cluster_token, config.environment.home)
     keys = [key.encode() for key in config.security.api_key]
-    directory = MasterDirectory(token, new_epoch())
+    store = make_store(config.config_server.config_server_store, token)
+    directory = MasterDirectory(token, new_epoch(), store)
+    if child.epoch == 1:
+        await _check(store, config)  # later lives wait for a store that is away
     is_known = partial(is_known_key, keys=[*keys, token])
     app = ConfigServerApp(directory, is_known, has_key=bool(keys), fail=_fail)
     server = uvicorn.Server(uvicorn_config(app, version=__version__, web_sockets=app.web_sockets()))
     loop = asyncio.get_running_loop()
 
     def stop() -> None:
+        store.stop()
         server.should_exit = True
         loop.call_later(LAST_WRITE_S, os._exit, 0)
 
@@ -65,7 +71,24 @@ async def _serve(parent: Parent, child: ChildConfig, config: Config) -> None:
 
     parent.watch(on_message, lambda: _orphaned(loop, stop))
     parent.send(ChildReady())
-    await server.serve([socket.socket(fileno=fd) for fd in child.listen_fds])
+    sockets = [socket.socket(fileno=fd) for fd in child.listen_fds]
+    tasks = {loop.create_task(store.run()), loop.create_task(server.serve(sockets))}
+    ended, running = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in running:
+        task.cancel()
+    for task in ended:
+        task.result()
+
+
+async def _check(store: Store, config: Config) -> None:
+    """Refuse to start with a store that is not there: most likely its address is wrong."""
+    try:
+        await store.check()
+    except ClusterError as error:
+        text = config.config_server.config_server_store
+        raise ConfigError(
+            f"--config_server_store {text}: no etcd answers there ({error}); start it, or correct the address"
+        ) from error
 
 
 def _orphaned(loop: asyncio.AbstractEventLoop, stop: Any) -> None:

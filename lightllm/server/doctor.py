@@ -20,6 +20,7 @@ from typing import NamedTuple
 import msgspec
 
 from lightllm import __version__
+from lightllm.addresses import split_addresses
 from lightllm.cli import parse, wants
 from lightllm.config import Config, config_from
 from lightllm.env import Environment, read_environment
@@ -337,6 +338,9 @@ def check_peers(case: Case) -> Iterator[Finding]:
     if config.server.run_mode != "config_server":
         directory = config.config_server
         peers.append(("config_server", directory.config_server_host, directory.config_server_port))
+    elif config.config_server.config_server_store != "memory":
+        addresses = split_addresses(config.config_server.config_server_store.removeprefix("etcd://"))
+        peers += [("etcd", host, port) for host, port in addresses]
     if config.parallel.node_rank:
         peers.append(("rank 0", config.parallel.nccl_host, config.parallel.multinode_port))
     for name, host, port in peers:

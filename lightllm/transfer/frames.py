@@ -49,11 +49,15 @@ class Choice(Frame, frozen=True):
 
 
 class Block(Frame, frozen=True):
-    """`count` tokens from position `start` on are ready; `index` counts the blocks of a transfer."""
+    """`count` tokens from position `start` on are ready; `index` counts the blocks of a transfer.
+
+    `fields` are the lane's own.
+    """
 
     index: int
     start: int
     count: int
+    fields: bytes = b""
 
 
 class Ack(Frame, frozen=True):

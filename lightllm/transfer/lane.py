@@ -1,117 +1,228 @@
-"""Lane: a way that the bytes of blocks take from one node to another, beside the frames that announce them.
+"""Lane: a way that the KV of blocks takes from one node to another, beside the frames that announce them.
 
-A lane has two ends. The sender's gives out staging memory for a block and makes it reach the peer; the
-receiver's makes the block readable there. At most `WINDOW` blocks are on their way at a time: block i may use
-the staging memory of block i - WINDOW, which the receiver has acknowledged.
+A node opens each lane once, with its KV link (`Lane`); each transfer then has two ends. The sender's makes
+a block ready and says in its frame what the receiver must know; the receiver's gets it and writes it into
+slots. At most `WINDOW` blocks are on their way at a time: block i may use the staging memory of block
+i - WINDOW, which the receiver has acknowledged.
+
+Most lanes pack blocks into staging memory (`StagedSender`, `StagedReceiver`). That is a torch tensor of
+bytes, on the host or on the pool's device, as the lane likes it: `KVRows` packs and unpacks both.
 """
 
 import importlib
+import logging
 import threading
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from typing import ClassVar
 
 import numpy as np
+from torch import Tensor
 
 from lightllm.errors import KVTransferError
 from lightllm.transfer import LANES
 from lightllm.transfer.channel import Channel
+from lightllm.transfer.frames import Block
+from lightllm.transfer.plan import KVRows
+
+logger = logging.getLogger(__name__)
 
 WINDOW = 4
 MAX_SPARE_ENDS = 4
 
 
 class LaneUnavailable(KVTransferError):
-    """This pair of nodes cannot use the lane."""
+    """This node, or this pair of nodes, cannot use the lane."""
 
 
 class SendingEnd(ABC):
-    """The sender's end, for one transfer."""
+    """The sender's end; serves one transfer at a time."""
 
     @abstractmethod
     def offer(self) -> bytes:
         """What the receiver needs to know to open its end."""
 
     @abstractmethod
-    def staging(self, index: int) -> np.ndarray:
-        """Where block `index` is to be packed: uint8, a whole block."""
+    def pack(self, index: int, slots: np.ndarray) -> bytes:
+        """Make a block ready: the KV of these slots, [n] int64, which is computed.
+
+        Called while the slots are held; they are not touched here once it has returned.
+
+        Returns:
+            What the receiver must know of this block, for its frame.
+        """
 
     @abstractmethod
     def push(self, channel: Channel, index: int, size: int, limit_s: float) -> None:
-        """Make the first `size` bytes of a packed block reach the peer; its frame has been sent."""
+        """Make the `size` bytes of a block that is ready reach the peer; its frame has been sent."""
 
     @abstractmethod
     def close(self) -> None:
-        """Give up the staging memory."""
+        """Give up what the end holds."""
 
 
 class ReceivingEnd(ABC):
     """The receiver's end, for one transfer."""
 
     @abstractmethod
-    def pull(self, channel: Channel, index: int, size: int, limit_s: float) -> np.ndarray:
-        """The bytes of an announced block: uint8 [size], good until the block is acknowledged."""
+    def pull(self, channel: Channel, block: Block, size: int, limit_s: float) -> None:
+        """Get the `size` bytes of an announced block, as far as that touches no slots.
+
+        Raises:
+            KVTransferError: they do not come.
+            LinkBroken: the frame's `fields` are not what the lane's sender says.
+        """
+
+    @abstractmethod
+    def unpack(self, slots: np.ndarray) -> None:
+        """Write the block that was pulled last into slots, [n] int64; returns when that is done.
+
+        Called while the slots are held. Afterwards the block is acknowledged.
+        """
 
     @abstractmethod
     def close(self) -> None:
-        """Give up what `pull` returned."""
+        """Give up what the end holds."""
 
 
 class Lane(ABC):
-    """How to open the ends."""
+    """A way as one node has it open, for all its transfers; keeps what these share.
 
-    @staticmethod
-    @abstractmethod
-    def open_sender(block_bytes: int) -> SendingEnd:
-        """Open the sender's end for blocks of at most this size."""
+    Args:
+        rows: the node's KV.
+        block_bytes: a block is no larger than this, unless one token is. Both nodes must have the same.
 
-    @staticmethod
+    Attributes:
+        tokens_per_block: at most so many tokens make a block.
+        block_bytes: what they take.
+
+    Raises:
+        LaneUnavailable: this node cannot use it; the message says why.
+    """
+
+    BLOCK_BYTES: ClassVar[int] = 4 * 1024 * 1024
+
+    def __init__(self, rows: KVRows, block_bytes: int | None = None) -> None:
+        self.rows = rows
+        self.tokens_per_block = max(1, (block_bytes or self.BLOCK_BYTES) // rows.token_bytes)
+        self.block_bytes = self.tokens_per_block * rows.token_bytes
+
     @abstractmethod
-    def open_receiver(fields: bytes, block_bytes: int) -> ReceivingEnd:
+    def open_sender(self) -> SendingEnd:
+        """Open the sender's end of a transfer."""
+
+    @abstractmethod
+    def open_receiver(self, fields: bytes) -> ReceivingEnd:
         """Open the receiver's end from what `SendingEnd.offer` made.
 
         Raises:
             LaneUnavailable: it cannot be used between these two.
         """
 
+    def close(self) -> None:
+        """Give up what transfers share; all ends are closed."""
+        return
 
-class SpareEnds:
-    """Senders' ends that have served a transfer and may serve the next: new memory costs more than a copy.
 
-    A receiver that still looks into the memory of a transfer that it has given up reads what is not meant for
-    it; but it is told nothing of it any more, and so accepts none of it.
+class StagedSender(SendingEnd):
+    """Packs blocks into staging memory, from where `push` moves them."""
+
+    def __init__(self, lane: Lane) -> None:
+        self.lane = lane
+
+    @abstractmethod
+    def staging(self, index: int) -> Tensor:
+        """Where block `index` is to be packed: uint8 [lane.block_bytes], contiguous."""
+
+    def pack(self, index: int, slots: np.ndarray) -> bytes:
+        self.lane.rows.pack(slots, self.staging(index))
+        return b""
+
+
+class StagedReceiver(ReceivingEnd):
+    """Unpacks blocks from where `fetch` has got them."""
+
+    def __init__(self, lane: Lane) -> None:
+        self.lane = lane
+        self._fetched: Tensor | None = None
+
+    @abstractmethod
+    def fetch(self, channel: Channel, block: Block, size: int, limit_s: float) -> Tensor:
+        """The bytes of an announced block: uint8 [size], contiguous, good until it is acknowledged."""
+
+    def pull(self, channel: Channel, block: Block, size: int, limit_s: float) -> None:
+        self._fetched = self.fetch(channel, block, size, limit_s)
+
+    def unpack(self, slots: np.ndarray) -> None:
+        assert self._fetched is not None, "a block is pulled first"
+        self.lane.rows.unpack(slots, self._fetched)
+
+
+class Lanes:
+    """The lanes that a node has open, and senders' ends that have served a transfer and may serve the next.
+
+    New staging memory costs more than a copy. A receiver that still looks into the memory of a transfer that
+    it has given up reads what is not meant for it; but it is told nothing of it any more, and so accepts none
+    of it.
+
+    Args:
+        lanes: in the order in which they are tried.
     """
 
-    def __init__(self, block_bytes: int) -> None:
-        self._block_bytes = block_bytes
+    def __init__(self, lanes: Mapping[str, Lane]) -> None:
+        self._lanes = dict(lanes)
         self._lock = threading.Lock()
-        self._ends: dict[str, list[SendingEnd]] = {}
+        self._spare: dict[str, list[SendingEnd]] = {name: [] for name in lanes}
 
-    def take(self, name: str) -> SendingEnd:
-        """An end of this lane."""
-        with self._lock:
-            spare = self._ends.get(name)
-            if spare:
-                return spare.pop()
-        return load_lane(name).open_sender(self._block_bytes)
+    @property
+    def names(self) -> tuple[str, ...]:
+        """In the order in which they are tried."""
+        return tuple(self._lanes)
 
-    def put(self, name: str, end: SendingEnd) -> None:
-        """Give an end back; it is kept, or closed."""
+    def __getitem__(self, name: str) -> Lane:
+        return self._lanes[name]
+
+    def take_sender(self, name: str) -> SendingEnd:
+        """A sender's end of this lane."""
         with self._lock:
-            spare = self._ends.setdefault(name, [])
-            if len(spare) < MAX_SPARE_ENDS:
-                spare.append(end)
+            if self._spare[name]:
+                return self._spare[name].pop()
+        return self._lanes[name].open_sender()
+
+    def put_back(self, name: str, end: SendingEnd) -> None:
+        """Give a sender's end back; it is kept, or closed."""
+        with self._lock:
+            if len(self._spare[name]) < MAX_SPARE_ENDS:
+                self._spare[name].append(end)
                 return
         end.close()
 
     def close(self) -> None:
-        """Close all that are kept."""
+        """Close all that is kept, and the lanes."""
         with self._lock:
-            for end in (end for spare in self._ends.values() for end in spare):
+            for end in (end for spare in self._spare.values() for end in spare):
                 end.close()
-            self._ends.clear()
+            self._spare = {name: [] for name in self._lanes}
+        for lane in self._lanes.values():
+            lane.close()
 
 
-def load_lane(name: str) -> type[Lane]:
-    """The lane of this name in LANES."""
-    module, _, attribute = LANES[name].partition(":")
-    lane: type[Lane] = getattr(importlib.import_module(module), attribute)
-    return lane
+def open_lanes(names: Iterable[str], rows: KVRows, block_bytes: int | None = None) -> Lanes:
+    """Open those of the lanes of LANES that this node can use; the log says which it cannot, and why.
+
+    Raises:
+        LaneUnavailable: it can use none of them.
+    """
+    lanes: dict[str, Lane] = {}
+    reasons = []
+    for name in names:
+        module, _, attribute = LANES[name].partition(":")
+        lane: type[Lane] = getattr(importlib.import_module(module), attribute)
+        try:
+            lanes[name] = lane(rows, block_bytes)
+        except LaneUnavailable as error:
+            reasons.append(f"{name}: {error}")
+            logger.info("KV link: no lane %s", reasons[-1])
+    if not lanes:
+        raise LaneUnavailable("; ".join(reasons))
+    return Lanes(lanes)

@@ -19,7 +19,7 @@ from lightllm.transfer import frames
 from lightllm.transfer.base import Endings, Hold, Ledger, Transport
 from lightllm.transfer.channel import Channel
 from lightllm.transfer.frames import Choice, LaneOffer, Opening
-from lightllm.transfer.lane import LaneUnavailable, ReceivingEnd, load_lane
+from lightllm.transfer.lane import LaneUnavailable, ReceivingEnd
 from lightllm.transfer.receipt import Receipt
 from lightllm.transfer.shipment import Node, Shipment
 
@@ -101,7 +101,7 @@ class KVLink(Transport):
         for transfer in moving:
             transfer.hold.fail("this node stops")
             transfer.interrupt()
-        self._node.spare_ends.close()
+        self._node.lanes.close()
 
     # ------------------------------------------------------------ in threads
 
@@ -162,7 +162,7 @@ class KVLink(Transport):
             detail = frames.encode(Choice(lane=lane))
             welcome, channel.seal = acceptor.welcome(socket.gethostname(), self._node.epoch, detail)
             channel.send_raw(welcome, limit_s)
-            receipt.run(channel, end)
+            receipt.run(channel, self._node.lanes[lane], end)
             _log_end("received", receipt.hold.request_id, lane, receipt.num_bytes, started_s)
         except (KVTransferError, LinkBroken, LinkRefused, OSError) as error:
             receipt.hold.fail(f"receiving KV from {receipt.source.node_id}: {error}")
@@ -206,14 +206,13 @@ class KVLink(Transport):
 
     def _choose_lane(self, acceptor: Acceptor, offers: list[LaneOffer]) -> tuple[str, ReceivingEnd]:
         """The first of the sender's lanes that both can use."""
-        reasons = []
+        lanes, reasons = self._node.lanes, []
         for offer in offers:
-            if offer.name not in self._node.lanes:
+            if offer.name not in lanes.names:
                 reasons.append(f"{offer.name}: not allowed here")
                 continue
             try:
-                block_bytes = self._node.rows.block_bytes
-                return offer.name, load_lane(offer.name).open_receiver(offer.fields, block_bytes)
+                return offer.name, lanes[offer.name].open_receiver(offer.fields)
             except LaneUnavailable as error:
                 reasons.append(f"{offer.name}: {error}")
         text = "no common --kv_transport"

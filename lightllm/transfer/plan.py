@@ -1,66 +1,86 @@
-"""Which bytes move, and in which pieces: the KV pool as rows of bytes, blocks of tokens, digest, layouts.
+"""Which bytes move, and in which pieces: the KV pool as rows of bytes, blocks of tokens, digest.
 
-A block is the KV of some consecutive tokens: for each layer the keys of all of them, then the values, that is
+A block is the KV of some consecutive tokens: the keys of all of them layer by layer, then the values, that is
 [2 * num_layers, num_tokens, row_bytes]. Slots are gathered into a block and scattered from it; they never
 travel one by one. Knows neither sockets nor threads.
 """
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
 import msgspec
 import numpy as np
 import torch
+from torch import Tensor
 
 from lightllm.device.kv_pool import KVPool
 from lightllm.messages import KVLayout
 
-BLOCK_BYTES = 4 * 1024 * 1024
-"""A block is no larger than this, unless one token is."""
 
-
-class KVRows:
-    """The memory of a KV pool on a CPU, one row of bytes for each slot and tensor.
+class KVRows(ABC):
+    """The memory of a KV pool, one row of bytes for each slot and tensor. Any thread may use it.
 
     Attributes:
+        pool: whose memory it is.
+        row_bytes: keys, or values, of one token in one layer.
         token_bytes: KV of one token.
-        tokens_per_block: at most so many tokens are moved at a time.
+        device: where the pool is.
     """
 
-    def __init__(self, pool: KVPool, block_bytes: int = BLOCK_BYTES) -> None:
-        row_bytes = pool.num_kv_heads * pool.head_dim * pool.k[0].element_size()
-        # A row is one item of a type without structure: numpy then moves it in one piece.
-        self._row_type = np.dtype((np.void, row_bytes))
-        tensors = [tensor for pair in zip(pool.k, pool.v, strict=True) for tensor in pair]
-        self._arrays = [
-            tensor.view(torch.uint8).numpy().reshape(pool.num_slots, row_bytes).view(self._row_type)[:, 0]
-            for tensor in tensors
-        ]
-        self.token_bytes = row_bytes * len(self._arrays)
-        self.tokens_per_block = max(1, block_bytes // self.token_bytes)
-        self.block_bytes = self.tokens_per_block * self.token_bytes
+    def __init__(self, pool: KVPool) -> None:
+        self.pool = pool
+        self.row_bytes = pool.num_kv_heads * pool.head_dim * pool.k[0].element_size()
+        self.token_bytes = self.row_bytes * 2 * len(pool.k)
+        self.device: torch.device = pool.k[0].device
 
-    def pack(self, slots: np.ndarray, block: np.ndarray) -> int:
-        """Gather slots into the beginning of a block.
+    @abstractmethod
+    def pack(self, slots: np.ndarray, block: Tensor) -> None:
+        """Gather slots into the beginning of a block; returns when that is done.
 
         Args:
-            slots: [n] int64, n <= tokens_per_block.
-            block: uint8, at least n * token_bytes.
-        Returns:
-            How many bytes that are.
+            slots: [n] int64, at least one.
+            block: uint8, contiguous, at least n * token_bytes, on the host or on `device`.
         """
-        size = len(slots) * self.token_bytes
-        for array, piece in zip(self._arrays, self._pieces(block[:size], len(slots)), strict=True):
-            np.take(array, slots, out=piece, mode="clip")  # the other modes copy `out` first
-        return size
 
-    def unpack(self, slots: np.ndarray, block: np.ndarray) -> None:
-        """Scatter a block of exactly the size of these slots."""
+    @abstractmethod
+    def unpack(self, slots: np.ndarray, block: Tensor) -> None:
+        """Scatter a block of exactly the size of these slots; returns when that is done."""
+
+    @abstractmethod
+    def host_memory(self, size: int) -> Tensor:
+        """New memory of the host for blocks, uint8 [size], of the kind that is fast to copy to and from."""
+
+
+class HostRows(KVRows):
+    """The rows of a pool on a CPU."""
+
+    def __init__(self, pool: KVPool) -> None:
+        super().__init__(pool)
+        # A row is one item of a type without structure: numpy then moves it in one piece.
+        self._row_type = np.dtype((np.void, self.row_bytes))
+        self._arrays = [
+            tensor.view(torch.uint8)
+            .numpy()
+            .reshape(pool.num_slots, self.row_bytes)
+            .view(self._row_type)[:, 0]
+            for tensor in (*pool.k, *pool.v)
+        ]
+
+    def pack(self, slots: np.ndarray, block: Tensor) -> None:
+        for array, piece in zip(self._arrays, self._pieces(block, len(slots)), strict=True):
+            np.take(array, slots, out=piece, mode="clip")  # the other modes copy `out` first
+
+    def unpack(self, slots: np.ndarray, block: Tensor) -> None:
         for array, piece in zip(self._arrays, self._pieces(block, len(slots)), strict=True):
             array[slots] = piece
 
-    def _pieces(self, block: np.ndarray, num_tokens: int) -> np.ndarray:
-        return block.view(self._row_type).reshape(len(self._arrays), num_tokens)
+    def host_memory(self, size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.uint8)
+
+    def _pieces(self, block: Tensor, num_tokens: int) -> np.ndarray:
+        used = block.numpy()[: num_tokens * self.token_bytes]
+        return used.view(self._row_type).reshape(len(self._arrays), num_tokens)
 
 
 def blocks(start: int, slots: list[int], tokens_per_block: int) -> Iterator[tuple[int, np.ndarray]]:

@@ -15,7 +15,7 @@ from lightllm.transfer import frames
 from lightllm.transfer.base import Hold
 from lightllm.transfer.channel import Channel
 from lightllm.transfer.frames import Accepted, Ack, Alive, Block, Complete, Rejected
-from lightllm.transfer.lane import ReceivingEnd
+from lightllm.transfer.lane import Lane, ReceivingEnd
 from lightllm.transfer.plan import digest
 from lightllm.transfer.shipment import Node
 
@@ -60,8 +60,8 @@ class Receipt:
             if self._channel is not None:
                 self._channel.interrupt()
 
-    def run(self, channel: Channel, end: ReceivingEnd) -> None:
-        """Take blocks until the sender has completed; ends the hold either way.
+    def run(self, channel: Channel, lane: Lane, end: ReceivingEnd) -> None:
+        """Take blocks by this lane until the sender has completed; ends the hold either way.
 
         Raises:
             KVTransferError, LinkBroken: the transfer has failed; the hold's ending says why.
@@ -70,7 +70,7 @@ class Receipt:
             while True:
                 match channel.receive(frames.FromSender, self._node.limits.silence_s):
                     case Block() as block:
-                        self._take(channel, end, block)
+                        self._take(channel, lane, end, block)
                     case Complete() as complete:
                         self._accept(channel, complete)
                         return
@@ -82,20 +82,20 @@ class Receipt:
             self._tell(channel, reason)
             raise
 
-    def _take(self, channel: Channel, end: ReceivingEnd, block: Block) -> None:
-        rows, num_there = self._node.rows, sum(count for _, count in self._chunks)
+    def _take(self, channel: Channel, lane: Lane, end: ReceivingEnd, block: Block) -> None:
+        num_there = sum(count for _, count in self._chunks)
         first, stop = num_there, num_there + block.count
         is_next = block.index == len(self._chunks) and block.start == self.start + first
-        if not is_next or not 1 <= block.count <= rows.tokens_per_block or stop > len(self._slots):
+        if not is_next or not 1 <= block.count <= lane.tokens_per_block or stop > len(self._slots):
             raise LinkBroken(
                 f"block {block.index} of {block.count} tokens from {block.start}; expected was block "
-                f"{len(self._chunks)} from {self.start + first} with 1..{rows.tokens_per_block} tokens of "
+                f"{len(self._chunks)} from {self.start + first} with 1..{lane.tokens_per_block} tokens of "
                 f"{len(self._slots) - first} left"
             )
-        size = block.count * rows.token_bytes
-        data = end.pull(channel, block.index, size, self._node.limits.silence_s)
+        size = block.count * lane.rows.token_bytes
+        end.pull(channel, block, size, self._node.limits.silence_s)
         with self.hold.touching():
-            rows.unpack(self._slots[first:stop], data)
+            end.unpack(self._slots[first:stop])
         self._chunks.append((block.start, block.count))
         self.num_bytes += size
         channel.send(Ack(), self._node.limits.silence_s)

@@ -13,6 +13,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 import msgspec
+import numpy as np
 
 from lightllm.cluster_link import Dialer, LinkBroken, LinkRefused
 from lightllm.errors import KVTransferError
@@ -31,8 +32,8 @@ from lightllm.transfer.frames import (
     Opening,
     Rejected,
 )
-from lightllm.transfer.lane import WINDOW, SendingEnd, SpareEnds
-from lightllm.transfer.plan import KVRows, blocks, digest
+from lightllm.transfer.lane import WINDOW, Lanes, SendingEnd
+from lightllm.transfer.plan import blocks, digest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,17 +42,14 @@ class Node:
 
     Attributes:
         rank: of those that share the model; each moves its part of the KV to and from the same rank there.
-        lanes: names, in the order in which they are tried.
-        spare_ends: what senders reuse.
+        lanes: those that it has open.
         epoch: of this life of the KV link.
     """
 
-    rows: KVRows
     layout: KVLayout
     token: bytes = field(repr=False)
     epoch: int
-    lanes: tuple[str, ...]
-    spare_ends: SpareEnds
+    lanes: Lanes
     limits: Limits
     rank: int = 0
 
@@ -109,17 +107,9 @@ class Shipment:
             end = self._open(channel, ends)
             while True:
                 order, first_token_id = self._next_order(channel)
-                for start, slots in blocks(order.start, order.slots, self._node.rows.tokens_per_block):
-                    index = len(self._chunks)
-                    while self._num_unacknowledged >= WINDOW:
-                        self._take_ack(channel)
-                    with self.hold.touching():
-                        size = self._node.rows.pack(slots, end.staging(index))
-                    channel.send(Block(index=index, start=start, count=len(slots)), self._silence_s)
-                    end.push(channel, index, size, self._silence_s)
-                    self._chunks.append((start, len(slots)))
-                    self._num_unacknowledged += 1
-                    self.num_bytes += size
+                lane = self._node.lanes[self.lane]
+                for start, slots in blocks(order.start, order.slots, lane.tokens_per_block):
+                    self._ship(channel, end, start, slots)
                 if first_token_id is not None:
                     break
             self._complete(channel, order, first_token_id)
@@ -129,6 +119,18 @@ class Shipment:
         finally:
             self.hold.fail("sending KV ended without a result")
             self._close(ends)
+
+    def _ship(self, channel: Channel, end: SendingEnd, start: int, slots: np.ndarray) -> None:
+        index, size = len(self._chunks), len(slots) * self._node.lanes[self.lane].rows.token_bytes
+        while self._num_unacknowledged >= WINDOW:
+            self._take_ack(channel)
+        with self.hold.touching():
+            fields = end.pack(index, slots)
+        channel.send(Block(index=index, start=start, count=len(slots), fields=fields), self._silence_s)
+        end.push(channel, index, size, self._silence_s)
+        self._chunks.append((start, len(slots)))
+        self._num_unacknowledged += 1
+        self.num_bytes += size
 
     @property
     def _silence_s(self) -> float:
@@ -155,8 +157,8 @@ class Shipment:
     def _open(self, channel: Channel, ends: dict[str, SendingEnd]) -> SendingEnd:
         """Greet the receiver; it chooses one of our lanes."""
         node, limits = self._node, self._node.limits
-        for name in node.lanes:
-            ends[name] = node.spare_ends.take(name)
+        for name in node.lanes.names:
+            ends[name] = node.lanes.take_sender(name)
         opening = Opening(
             ticket=self._target.ticket,
             target_epoch=self._target.epoch,
@@ -230,4 +232,4 @@ class Shipment:
                 self._channel.close()
             os.close(self._news)
         for name, end in ends.items():
-            self._node.spare_ends.put(name, end)
+            self._node.lanes.put_back(name, end)

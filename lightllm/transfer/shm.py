@@ -13,9 +13,20 @@ import secrets
 
 import msgspec
 import numpy as np
+import torch
+from torch import Tensor
 
 from lightllm.transfer.channel import Channel
-from lightllm.transfer.lane import WINDOW, Lane, LaneUnavailable, ReceivingEnd, SendingEnd
+from lightllm.transfer.frames import Block
+from lightllm.transfer.lane import (
+    WINDOW,
+    Lane,
+    LaneUnavailable,
+    ReceivingEnd,
+    SendingEnd,
+    StagedReceiver,
+    StagedSender,
+)
 
 NONCE_BYTES = 32
 
@@ -31,49 +42,47 @@ class Segment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 class ShmLane(Lane):
     """See the module."""
 
-    @staticmethod
-    def open_sender(block_bytes: int) -> SendingEnd:
-        return _Sender(block_bytes)
+    def open_sender(self) -> SendingEnd:
+        return _Sender(self)
 
-    @staticmethod
-    def open_receiver(fields: bytes, block_bytes: int) -> ReceivingEnd:
-        return _Receiver(fields, block_bytes)
+    def open_receiver(self, fields: bytes) -> ReceivingEnd:
+        return _Receiver(self, fields)
 
 
-class _Sender(SendingEnd):
-    def __init__(self, block_bytes: int) -> None:
-        self._block_bytes = block_bytes
+class _Sender(StagedSender):
+    def __init__(self, lane: Lane) -> None:
+        super().__init__(lane)
         self._nonce = secrets.token_bytes(NONCE_BYTES)
-        size = WINDOW * block_bytes + NONCE_BYTES
+        size = WINDOW * lane.block_bytes + NONCE_BYTES
         self._fd = os.memfd_create("lightllm-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(self._fd, size)
         fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
-        self._memory = np.frombuffer(mmap.mmap(self._fd, size), dtype=np.uint8)
-        self._memory[-NONCE_BYTES:] = np.frombuffer(self._nonce, dtype=np.uint8)
+        self._memory = _map(self._fd, size)
+        self._memory[-NONCE_BYTES:].numpy()[:] = np.frombuffer(self._nonce, dtype=np.uint8)
 
     def offer(self) -> bytes:
         return msgspec.msgpack.encode(Segment(pid=os.getpid(), fd=self._fd, nonce=self._nonce))
 
-    def staging(self, index: int) -> np.ndarray:
-        start = index % WINDOW * self._block_bytes
-        return self._memory[start : start + self._block_bytes]
+    def staging(self, index: int) -> Tensor:
+        start = index % WINDOW * self.lane.block_bytes
+        return self._memory[start : start + self.lane.block_bytes]
 
     def push(self, channel: Channel, index: int, size: int, limit_s: float) -> None:
         return  # it lies where the receiver looks
 
     def close(self) -> None:
-        # The mapping goes with the last array on it.
-        self._memory = np.empty(0, dtype=np.uint8)
+        # The mapping goes with the last tensor on it.
+        self._memory = torch.empty(0, dtype=torch.uint8)
         os.close(self._fd)
 
 
-class _Receiver(ReceivingEnd):
-    def __init__(self, fields: bytes, block_bytes: int) -> None:
-        self._block_bytes = block_bytes
-        size = WINDOW * block_bytes + NONCE_BYTES
+class _Receiver(StagedReceiver):
+    def __init__(self, lane: Lane, fields: bytes) -> None:
+        super().__init__(lane)
+        size = WINDOW * lane.block_bytes + NONCE_BYTES
         try:
             segment = msgspec.msgpack.decode(fields, type=Segment)
-            fd = os.open(f"/proc/{segment.pid}/fd/{segment.fd}", os.O_RDONLY | os.O_CLOEXEC)
+            fd = os.open(f"/proc/{segment.pid}/fd/{segment.fd}", os.O_RDWR | os.O_CLOEXEC)
         except (OSError, msgspec.DecodeError) as error:
             raise LaneUnavailable(f"the sender's memory is not on this host: {error}") from error
         try:
@@ -81,17 +90,22 @@ class _Receiver(ReceivingEnd):
                 raise LaneUnavailable("the sender's memory could shrink")
             if os.fstat(fd).st_size != size:
                 raise LaneUnavailable(f"the sender's memory has {os.fstat(fd).st_size} bytes, not {size}")
-            self._memory = np.frombuffer(mmap.mmap(fd, size, prot=mmap.PROT_READ), dtype=np.uint8)
+            self._memory = _map(fd, size)
         except OSError as error:
             raise LaneUnavailable(f"the sender's memory cannot be read here: {error}") from error
         finally:
             os.close(fd)
-        if not hmac.compare_digest(self._memory[-NONCE_BYTES:].tobytes(), segment.nonce):
+        if not hmac.compare_digest(self._memory[-NONCE_BYTES:].numpy().tobytes(), segment.nonce):
             raise LaneUnavailable("what lies there is not the sender's memory")
 
-    def pull(self, channel: Channel, index: int, size: int, limit_s: float) -> np.ndarray:
-        start = index % WINDOW * self._block_bytes
+    def fetch(self, channel: Channel, block: Block, size: int, limit_s: float) -> Tensor:
+        start = block.index % WINDOW * self.lane.block_bytes
         return self._memory[start : start + size]
 
     def close(self) -> None:
-        self._memory = np.empty(0, dtype=np.uint8)
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+
+def _map(fd: int, size: int) -> Tensor:
+    """The file as a tensor. Writable for the receiver, too, because torch knows no other kind."""
+    return torch.from_numpy(np.frombuffer(mmap.mmap(fd, size), dtype=np.uint8))

@@ -1,49 +1,50 @@
 """The lane between any two hosts: the bytes of a block follow its frame on the same TCP connection."""
 
-import numpy as np
+from torch import Tensor
 
 from lightllm.transfer.channel import Channel
-from lightllm.transfer.lane import Lane, ReceivingEnd, SendingEnd
+from lightllm.transfer.frames import Block
+from lightllm.transfer.lane import Lane, ReceivingEnd, SendingEnd, StagedReceiver, StagedSender
 
 
 class TcpLane(Lane):
     """See the module."""
 
-    @staticmethod
-    def open_sender(block_bytes: int) -> SendingEnd:
-        return _Sender(block_bytes)
+    def open_sender(self) -> SendingEnd:
+        return _Sender(self)
 
-    @staticmethod
-    def open_receiver(fields: bytes, block_bytes: int) -> ReceivingEnd:
-        return _Receiver(block_bytes)
+    def open_receiver(self, fields: bytes) -> ReceivingEnd:
+        return _Receiver(self)
 
 
-class _Sender(SendingEnd):
-    def __init__(self, block_bytes: int) -> None:
+class _Sender(StagedSender):
+    def __init__(self, lane: Lane) -> None:
+        super().__init__(lane)
         # One is enough: when `push` returns, the system has its own copy.
-        self._staging = np.empty(block_bytes, dtype=np.uint8)
+        self._staging = lane.rows.host_memory(lane.block_bytes)
 
     def offer(self) -> bytes:
         return b""
 
-    def staging(self, index: int) -> np.ndarray:
+    def staging(self, index: int) -> Tensor:
         return self._staging
 
     def push(self, channel: Channel, index: int, size: int, limit_s: float) -> None:
-        channel.send_bytes(self._staging[:size].data, limit_s)
+        channel.send_bytes(self._staging[:size].numpy().data, limit_s)
 
     def close(self) -> None:
         return
 
 
-class _Receiver(ReceivingEnd):
-    def __init__(self, block_bytes: int) -> None:
-        self._staging = np.empty(block_bytes, dtype=np.uint8)
+class _Receiver(StagedReceiver):
+    def __init__(self, lane: Lane) -> None:
+        super().__init__(lane)
+        self._staging = lane.rows.host_memory(lane.block_bytes)
 
-    def pull(self, channel: Channel, index: int, size: int, limit_s: float) -> np.ndarray:
-        block = self._staging[:size]
-        channel.receive_into(block, limit_s)
-        return block
+    def fetch(self, channel: Channel, block: Block, size: int, limit_s: float) -> Tensor:
+        data = self._staging[:size]
+        channel.receive_into(data.numpy(), limit_s)
+        return data
 
     def close(self) -> None:
         return

@@ -15,9 +15,9 @@ from lightllm.messages import EngineInfo, KVLayout, ScheduledBatch
 from lightllm.model_config import ModelConfig
 from lightllm.transfer import LANES
 from lightllm.transfer.base import Limits, NullTransport, Transport
-from lightllm.transfer.lane import SpareEnds
+from lightllm.transfer.lane import open_lanes
 from lightllm.transfer.link import KVLink
-from lightllm.transfer.plan import KVRows
+from lightllm.transfer.plan import HostRows
 from lightllm.transfer.shipment import Node
 from lightllm.worker.model_runner import LaunchedStep, ModelRunner, Runner
 
@@ -106,19 +106,17 @@ def open_kv_link(
         tp_size=config.parallel.tp,
         quantization=config.model.quant_type,
     )
-    rows = KVRows(exchanging.runner.kv_pool)
+    lanes = open_lanes(LANES if chosen == "auto" else (chosen,), HostRows(exchanging.runner.kv_pool))
     node = Node(
-        rows=rows,
-        spare_ends=SpareEnds(rows.block_bytes),
         layout=layout,
         token=cluster_token(config.security.cluster_token, config.environment.home),
         epoch=epoch,
-        lanes=tuple(LANES) if chosen == "auto" else (chosen,),
+        lanes=lanes,
         limits=Limits(),
         rank=rank,
     )
     port = config.pd.kv_port + rank if config.pd.kv_port else 0
     link = KVLink(node, config.server.host, port, config.server.advertise_host)
-    logger.info("KV link at %s, by %s (--kv_transport %s)", link.address, " or ".join(node.lanes), chosen)
+    logger.info("KV link at %s, by %s (--kv_transport %s)", link.address, " or ".join(lanes.names), chosen)
     exchanging.transport = link
     return msgspec.structs.replace(info, kv_address=link.address, kv_layout=layout, kv_epoch=node.epoch)

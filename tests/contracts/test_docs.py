@@ -31,11 +31,13 @@ OTHER_PROGRAMS = frozenset(
     {
         "cd",
         "curl",
+        "docker",
         "export",
         "git",
         "hf",
         "hostname",
         "kill",
+        "kubectl",
         "mkdir",
         "nvidia-cuda-mps-control",
         "pip",

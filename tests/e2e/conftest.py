@@ -72,11 +72,11 @@ class Server:
         return reply.json()
 
     def children(self) -> dict[str, int]:
-        """Pids of the node's processes by name (engine, frontend)."""
+        """Pids of the node's processes by name (engine, frontend, config_server)."""
         found = {}
         for pid in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split():
             command = Path(f"/proc/{pid}/cmdline").read_bytes().decode()
-            for name in ("engine", "frontend"):
+            for name in ("engine", "frontend", "config_server"):
                 if f"lightllm.server.{name}_main" in command:
                     found[name] = int(pid)
         return found

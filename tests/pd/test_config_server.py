@@ -1,53 +1,11 @@
 """The directory of pd_masters over real sockets: listed while alive, followed at once, harmless restarts."""
 
 import asyncio
-import contextlib
-import socket
-from collections.abc import AsyncIterator
-from functools import partial
 
 import httpx
-import uvicorn
 
-from lightllm.api.keys import is_known_key
-from lightllm.api.protocol import uvicorn_config
-from lightllm.config_server.app import ConfigServerApp, MasterDirectory
-from lightllm.frontend.directory_client import MasterEntryLink, MasterWatch
-from lightllm.server.config_server_main import _fail
+from tests.pd.directories import directory, entry, watch
 from tests.pd.harness import TOKEN, until
-
-Lists = list[set[tuple[str, int]]]
-
-
-@contextlib.asynccontextmanager
-async def directory(port: int = 0, key: str = "") -> AsyncIterator[int]:
-    masters = MasterDirectory(TOKEN.encode(), 1)
-    secrets = [text.encode() for text in (TOKEN, key) if text]
-    app = ConfigServerApp(masters, partial(is_known_key, keys=secrets), has_key=bool(key), fail=_fail)
-    listener = socket.create_server(("127.0.0.1", port))
-    config = uvicorn_config(app, version="0", loop="asyncio", web_sockets=app.web_sockets())
-    server = uvicorn.Server(config)
-    server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]
-    task = asyncio.create_task(server.serve(sockets=[listener]))
-    await until(lambda: server.started)
-    try:
-        yield listener.getsockname()[1]
-    finally:
-        for link in [*masters._watchers, *(end._link for _, end in masters._entries.values())]:
-            if link is not None:
-                link.abort("stopped")
-        server.should_exit = server.force_exit = True
-        await task
-        listener.close()
-
-
-def entry(port: int, name: str, at: int, token: str = TOKEN, epoch: int = 1) -> MasterEntryLink:
-    return MasterEntryLink("127.0.0.1", port, token.encode(), name, epoch, advertised=("10.0.0.1", at))
-
-
-def watch(port: int) -> tuple[MasterWatch, Lists]:
-    lists: Lists = []
-    return MasterWatch("127.0.0.1", port, TOKEN.encode(), "node", 1, lists.append), lists
 
 
 def test_masters_come_and_go_and_watchers_hear_of_it_at_once() -> None:

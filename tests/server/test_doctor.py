@@ -224,6 +224,15 @@ def test_peers_are_asked_only_when_flags_name_them(listener):
     assert "refused" in finding.text.lower()
 
 
+def test_each_member_of_an_etcd_is_asked(listener):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        store = f"etcd://127.0.0.1:{listener},127.0.0.1:{unused.getsockname()[1]}"
+        where = ("--config_server_host", "127.0.0.1", "--config_server_port", "60088")
+        given = case("--run_mode", "config_server", *where, "--config_server_store", store)
+        assert [(f.name, f.status) for f in doctor.check_peers(given)] == [("etcd", OK), ("etcd", WARN)]
+
+
 def answers(*findings):
     return tuple(lambda given, finding=finding: iter([finding]) for finding in findings)
 

@@ -15,9 +15,9 @@ from lightllm.device.kv_pool import KVPool
 from lightllm.messages import KVLayout, KVSource, KVTarget, KVTransferOrder
 from lightllm.model_config import ModelConfig
 from lightllm.transfer.base import Endings, Limits
-from lightllm.transfer.lane import SpareEnds
+from lightllm.transfer.lane import open_lanes
 from lightllm.transfer.link import KVLink
-from lightllm.transfer.plan import KVRows
+from lightllm.transfer.plan import HostRows
 from lightllm.transfer.shipment import Node
 
 TOKEN = b"0123456789abcdef" * 2
@@ -60,14 +60,11 @@ class End:
         torch.manual_seed(seed)
         for tensor in (*self.pool.k, *self.pool.v):
             tensor.normal_()
-        self.rows = KVRows(self.pool, BLOCK_BYTES)
         self.node = Node(
-            rows=self.rows,
-            spare_ends=SpareEnds(self.rows.block_bytes),
             layout=layout,
             token=token,
             epoch=epoch,
-            lanes=tuple(lanes),
+            lanes=open_lanes(lanes, HostRows(self.pool), BLOCK_BYTES),
             limits=limits,
         )
         self.link = KVLink(self.node, "127.0.0.1", 0)
