@@ -169,11 +169,49 @@ class EngineStats(Part):
     step_phase: str = "idle"
 
 
+KV_FAULTS = (
+    "cancelled",
+    "peer_lost",
+    "peer_silent",
+    "bad_token",
+    "bad_ticket",
+    "old_epoch",
+    "bad_layout",
+    "no_lane",
+    "refused",
+    "not_accepted",
+    "bad_frame",
+    "no_link",
+    "stopped",
+    "other",
+)
+"""Why KV transfers fail, as labels of metrics. `cancelled`: this node did not want it any more."""
+
+
+class KVTransfer(Part):
+    """One transfer that has ended, on one node, for the figures.
+
+    `direction` is sent or received; `transport` the lane, or none if the two ends had not agreed on one;
+    `fault` one of KV_FAULTS, empty if all went well.
+    """
+
+    request_id: str
+    direction: str
+    transport: str = "none"
+    fault: str = ""
+    num_bytes: int = 0
+    duration_s: float = 0.0
+
+
 class EngineOutput(Message):
-    """All outputs of a step, in one message; there may be none, the step is heard of all the same."""
+    """All outputs of a step, in one message; there may be none, the step is heard of all the same.
+
+    `kv_transfers` are those that have ended since the last such message.
+    """
 
     outputs: list[RequestOutput]
     stats: EngineStats
+    kv_transfers: list[KVTransfer] = []
 
 
 class KVReserved(Message):
@@ -288,7 +326,8 @@ class StepOutput(Message):
     speculation. `logprobs` and `prompt_logprobs` hold only rows that asked for them, by index into the batch;
     `prompt_logprobs[i]` entry j is about the prompt token at position starts[i] + 1 + j, which the positions
     computed in this step predict; tokens behind the prompt are left out. Each transfer ends in exactly one of
-    `kv_sent`, `kv_received` and `kv_failed`; from then on the transport touches its slots no more.
+    `kv_sent`, `kv_received` and `kv_failed`; from then on the transport touches its slots no more. For each
+    of them there is one in `kv_transfers`.
     """
 
     step_id: int
@@ -299,6 +338,7 @@ class StepOutput(Message):
     kv_sent: list[str] = []
     kv_received: list[KVArrival] = []
     kv_failed: list[KVFailure] = []
+    kv_transfers: list[KVTransfer] = []
 
 
 # ---------------------------------------------------------------- supervisor <-> its children

@@ -20,6 +20,7 @@ from lightllm.messages import (
     EngineRequest,
     EngineStats,
     FromEngine,
+    KVTransfer,
     Ping,
     Pong,
     RenewLeases,
@@ -80,6 +81,7 @@ class Engine:
         self.recovery = Recovery(executor, clock)
         self.pending: deque[Pending] = deque()
         self.steps_total = 0
+        self._ended_transfers: list[KVTransfer] = []
 
     def step(self) -> None:
         """Run one turn of the loop; waits for messages only when there is nothing to compute."""
@@ -93,9 +95,10 @@ class Engine:
         num_steps = self.steps_total
         if len(self.pending) > (self.max_pending if batch is not None and batch.rows else 0):
             outputs += self._take_result()
-        if outputs or self.steps_total > num_steps:
+        if outputs or self.steps_total > num_steps or self._ended_transfers:
             stats = self.scheduler.stats()
-            self.link.send(EngineOutput(outputs=outputs, stats=stats))
+            ended, self._ended_transfers = self._ended_transfers, []
+            self.link.send(EngineOutput(outputs=outputs, stats=stats, kv_transfers=ended))
             self.on_stats(stats)
 
     def run(self, should_stop: Callable[[], bool]) -> None:
@@ -159,6 +162,7 @@ class Engine:
         except StepFailed as failure:
             return self._recover(failure)
         self.steps_total += bool(result.token_ids)  # a batch without rows is no step
+        self._ended_transfers += result.kv_transfers
         return self.scheduler.update(result)
 
     def _recover(self, failure: StepFailed) -> list[RequestOutput]:

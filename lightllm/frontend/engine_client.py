@@ -31,6 +31,7 @@ from lightllm.messages import (
     EngineUp,
     FromEngine,
     KVReserved,
+    KVTransfer,
     Ping,
     Pong,
     RenewLeases,
@@ -141,6 +142,7 @@ class EngineClient:
         stats: its state after the last step heard of.
         restarts_total: how many engines came after the first.
         on_kv_reserved: told when a request has slots for KV from another node.
+        on_kv_transfers: told of transfers that have ended.
     """
 
     def __init__(
@@ -150,6 +152,7 @@ class EngineClient:
         self.stats = EngineStats()
         self.restarts_total = -1
         self.on_kv_reserved: Callable[[KVReserved], None] = lambda message: None
+        self.on_kv_transfers: Callable[[list[KVTransfer]], None] = lambda transfers: None
         self._on_stats = on_stats or (lambda stats: None)
         self._max_step_tokens = max_step_tokens
         self._context = zmq.Context(io_threads=1)
@@ -303,6 +306,8 @@ class EngineClient:
         match message:
             case EngineOutput(outputs=outputs):
                 self._note_step(message.stats)
+                if message.kv_transfers:
+                    self.on_kv_transfers(message.kv_transfers)
                 for output in outputs:
                     live = self._live.get(output.request_id)
                     if live is not None:  # else it was aborted in the meantime

@@ -8,6 +8,7 @@ frontend process of a node.
 
 import asyncio
 import logging
+from collections.abc import Callable
 
 import msgspec
 
@@ -19,6 +20,7 @@ from lightllm.cluster_messages import (
     Beat,
     Bye,
     FromNode,
+    KVTotals,
     NodeRecord,
     NodeReport,
     Registration,
@@ -50,6 +52,7 @@ class NodeAgent:
 
     Attributes:
         is_draining: set when nothing new is taken any more.
+        kv_totals: asked what has become of KV transfers, for each heartbeat.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class NodeAgent:
         self.address = address
         self.version = version
         self.is_draining = False
+        self.kv_totals: Callable[[], list[KVTotals]] = list
         self._wanted: set[tuple[str, int]] = set()
         self._masters: dict[tuple[str, int], _MasterLink] = {}
         engine.on_kv_reserved = self._on_kv_reserved
@@ -226,6 +230,7 @@ class _MasterLink:
             stats=self.agent.engine.stats,
             queued_prompt_tokens=self.agent.num_queued_tokens,
             is_draining=self.agent.is_draining or self.agent.engine.info is None,
+            kv_totals=self.agent.kv_totals(),
         )
 
     @property

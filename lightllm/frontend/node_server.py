@@ -150,6 +150,7 @@ class _NodeLink:
             case KVReserved() as message:
                 self._router.on_reserved(self.node, message)
             case NodeReport() as report:
+                self.node.kv_totals = report.kv_totals
                 self._router.node_reported(self.node, report)
             case Bye(reason=reason):
                 link.close(reason)

@@ -61,6 +61,7 @@ class ExchangingRunner(Runner):
                 kv_received=endings.received,
                 kv_sent=endings.sent,
                 kv_failed=endings.failed,
+                kv_transfers=endings.transfers,
             )
         )
 

@@ -8,7 +8,7 @@ ordered. A slot freed or reused too early fails here or in the fake worker's own
 import itertools
 import random
 
-from lightllm.messages import KVArrival, KVFailure
+from lightllm.messages import KVArrival, KVFailure, KVTransfer
 
 GARBAGE = "garbage"
 
@@ -57,6 +57,7 @@ class FakeTransport:
     def advance(self):
         """What has ended since the last step: fields of StepOutput."""
         ended = {"kv_received": [], "kv_sent": [], "kv_failed": []}
+        known = {**dict.fromkeys(self.receipts, "received"), **dict.fromkeys(self.shipments, "sent")}
         for request_id in [*self.receipts, *self.shipments]:
             if self.random.random() >= self.pace:
                 continue
@@ -66,7 +67,9 @@ class FakeTransport:
             else:
                 self._send(request_id, ended, is_failing)
         self.num_ended += sum(map(len, ended.values()))
-        return ended
+        gone = known.keys() - self.receipts.keys() - self.shipments.keys()
+        figures = [KVTransfer(request_id=name, direction=known[name], transport="fake") for name in gone]
+        return {**ended, "kv_transfers": figures}
 
     def _receive(self, request_id, ended, is_failing):
         order = self.receipts[request_id]
