@@ -13,6 +13,8 @@ from lightllm.messages import (
     EngineOutput,
     EngineRequest,
     EngineStats,
+    Inspect,
+    Inspected,
     KVLayout,
     KVReserved,
     Message,
@@ -90,6 +92,6 @@ class MasterList(Message, frozen=True):
     pd_masters: list[MasterEntry]
 
 
-ToNode = EngineRequest | AbortRequest | RenewLeases | Beat
-FromNode = EngineOutput | KVReserved | NodeReport | Bye
+ToNode = EngineRequest | AbortRequest | RenewLeases | Inspect | Beat
+FromNode = EngineOutput | KVReserved | Inspected | NodeReport | Bye
 ToWatcher = MasterList | Beat

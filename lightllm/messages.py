@@ -110,6 +110,13 @@ class RenewLeases(Message):
     request_ids: list[str]
 
 
+class Inspect(Message):
+    """Ask for what is known of these requests: an `Inspected` with the same nonce."""
+
+    nonce: int
+    request_ids: list[str]
+
+
 class Ping(Message):
     """Ask for a `Pong` between two steps; never runs a model step."""
 
@@ -170,20 +177,8 @@ class EngineStats(Part):
 
 
 KV_FAULTS = (
-    "cancelled",
-    "peer_lost",
-    "peer_silent",
-    "bad_token",
-    "bad_ticket",
-    "old_epoch",
-    "bad_layout",
-    "no_lane",
-    "refused",
-    "not_accepted",
-    "bad_frame",
-    "no_link",
-    "stopped",
-    "other",
+    *("cancelled", "peer_lost", "peer_silent", "bad_token", "bad_ticket", "old_epoch", "bad_layout"),
+    *("no_lane", "refused", "not_accepted", "bad_frame", "no_link", "stopped", "other"),
 )
 """Why KV transfers fail, as labels of metrics. `cancelled`: this node did not want it any more."""
 
@@ -219,6 +214,29 @@ class KVReserved(Message):
 
     request_id: str
     num_cached_tokens: int
+
+
+class RequestView(Part):
+    """One request as its engine sees it: where it is, the KV slots that it holds, what happened when.
+
+    Times are Unix seconds; `lease_until_s` is when it ends if nobody renews it, None where it has no lease.
+    """
+
+    request_id: str
+    state: str
+    num_tokens: int = 0
+    num_computed_tokens: int = 0
+    num_kv_tokens: int = 0
+    lease_until_s: float | None = None
+    events: list[tuple[str, float]] = []
+
+
+class Inspected(Message):
+    """Answer to `Inspect`; requests that are not known are left out. `fault`: why nothing is known."""
+
+    nonce: int
+    views: list[RequestView] = []
+    fault: str = ""
 
 
 class Pong(Message):
@@ -437,8 +455,8 @@ class ChildFailed(Message):
     exit_code: int = 1
 
 
-ToEngine = EngineRequest | AbortRequest | AbortAll | RenewLeases | Ping
-FromEngine = EngineOutput | KVReserved | Pong
+ToEngine = EngineRequest | AbortRequest | AbortAll | RenewLeases | Inspect | Ping
+FromEngine = EngineOutput | KVReserved | Inspected | Pong
 ToChild = ChildConfig | EngineUp | EngineDown | Drain
 FromChild = ChildProgress | ChildReady | ChildFailed
 

@@ -20,6 +20,8 @@ from lightllm.messages import (
     EngineRequest,
     EngineStats,
     FromEngine,
+    Inspect,
+    Inspected,
     KVTransfer,
     Ping,
     Pong,
@@ -144,6 +146,8 @@ class Engine:
                         self.scheduler.abort(request_id, "abort")
                 case RenewLeases(request_ids=request_ids):
                     self.scheduler.renew(request_ids, self.clock())
+                case Inspect(nonce=nonce, request_ids=request_ids):
+                    self.link.send(Inspected(nonce=nonce, views=self.scheduler.inspect(request_ids)))
                 case Ping(nonce=nonce):
                     self.link.send(Pong(nonce=nonce, stats=self.scheduler.stats()))
         return outputs

@@ -30,6 +30,8 @@ from lightllm.messages import (
     EngineStats,
     EngineUp,
     FromEngine,
+    Inspect,
+    Inspected,
     KVReserved,
     KVTransfer,
     Ping,
@@ -37,6 +39,7 @@ from lightllm.messages import (
     RenewLeases,
     RequestFailure,
     RequestOutput,
+    RequestView,
     ToEngine,
 )
 
@@ -163,6 +166,7 @@ class EngineClient:
         self._down_reason = ""
         self._live: dict[str, _Live] = {}
         self._pongs: dict[int, asyncio.Future[None]] = {}
+        self._inspections: dict[int, asyncio.Future[list[RequestView]]] = {}
         self._nonce = 0
         self._heard_s = 0.0
         self._token_s = 0.0
@@ -257,6 +261,18 @@ class EngineClient:
         """Bring `stats` up to date if that takes at most `limit_s`."""
         await self.ping(limit_s)
 
+    async def inspect(self, request_ids: list[str], limit_s: float) -> list[RequestView] | None:
+        """What the engine knows of these requests; None if it does not answer within `limit_s`."""
+        self._nonce += 1
+        nonce = self._nonce
+        answer = self._inspections[nonce] = asyncio.get_running_loop().create_future()
+        self._send(Inspect(nonce=nonce, request_ids=request_ids))
+        try:
+            await asyncio.wait({answer}, timeout=limit_s)
+        finally:
+            self._inspections.pop(nonce, None)
+        return answer.result() if answer.done() else None
+
     async def find_fault(self) -> str | None:
         """Name the part that is stuck; None when all is well.
 
@@ -315,6 +331,10 @@ class EngineClient:
             case KVReserved():
                 if message.request_id in self._live:
                     self.on_kv_reserved(message)
+            case Inspected(nonce=nonce, views=views):
+                answer = self._inspections.pop(nonce, None)
+                if answer is not None:
+                    answer.set_result(views)
             case Pong(nonce=nonce):
                 self.stats = message.stats
                 pong = self._pongs.get(nonce)

@@ -24,6 +24,7 @@ from lightllm.messages import (
     KVReserved,
     RequestFailure,
     RequestOutput,
+    RequestView,
     ScheduledBatch,
     StepOutput,
 )
@@ -33,6 +34,7 @@ from lightllm.scheduler.cache import NullPrefixCache, PrefixCache
 from lightllm.scheduler.config import SchedulerConfig, check_config
 from lightllm.scheduler.counters import Counters
 from lightllm.scheduler.drafting import Drafter
+from lightllm.scheduler.history import History
 from lightllm.scheduler.policy import POLICIES, WaitingQueue, urgency
 from lightllm.scheduler.request import Request, RequestState
 from lightllm.scheduler.rows import Rows
@@ -79,6 +81,7 @@ class Scheduler:
         self._num_added = 0
         self._num_scheduled_steps = 0
         self._counters = Counters()
+        self._past = History()
 
     # ------------------------------------------------------------ the outside: requests come and go
 
@@ -110,6 +113,7 @@ class Scheduler:
         """An empty scheduler that goes on counting where this one is, which is not to be used any more."""
         other = Scheduler(self._config)
         other._counters, other._num_scheduled_steps = self._counters, self._num_scheduled_steps
+        other._past = self._past
         return other
 
     def add(self, message: EngineRequest, now_s: float) -> RequestOutput | None:
@@ -190,7 +194,7 @@ class Scheduler:
         for request in prefills:
             self._cache.share(request)
             if request.send_kv_to is not None:
-                self._transfers.ship(request)
+                self._transfers.ship(request, now_s)
             if request.is_prompt_computed:
                 self._release_siblings(request)
         return self._emit(batch, "decode" if not prefills else "mixed" if decodes else "prefill")
@@ -218,7 +222,10 @@ class Scheduler:
             if not is_sampling or request.state is finished:
                 continue
             if index in batch.drafts:
-                new_token_ids = self._settle_drafts(request, new_token_ids, output.duration_s)
+                assert self._drafter is not None
+                new_token_ids = self._drafter.settle(request, new_token_ids, output.duration_s)
+                if request.state is running:
+                    self._cache.trim(request)
             else:
                 (token_id,) = new_token_ids
                 request.token_ids.append(token_id)
@@ -234,26 +241,13 @@ class Scheduler:
             outputs += self._take_transfers(output)
         return outputs
 
-    def _settle_drafts(self, request: Request, token_ids: list[int], duration_s: float) -> list[int]:
-        """Take what a step with drafts brought; returns the tokens that the request has taken."""
-        assert self._drafter is not None
-        taken = self._drafter.settle(request, token_ids, duration_s)
-        if request.state is RequestState.RUNNING:
-            # Behind the last token whose successor is known nothing is computed as it should be.
-            surplus = request.num_computed_tokens - len(request.token_ids) + 1
-            self._cache.shrink(request, surplus)
-            request.num_computed_tokens -= surplus
-        return taken
-
     # ------------------------------------------------------------ adding
 
     def _refusal(self, message: EngineRequest) -> RequestFailure | None:
         """Why a request cannot be accepted; None if it can."""
-        request_id = message.request_id
-        if request_id in self._requests or request_id in self._transfers.live:
-            return RequestFailure(code="internal", message=f"request id {request_id} is in use already")
         return refusal(
             message,
+            is_in_use=message.request_id in self._requests or message.request_id in self._transfers.live,
             max_total_len=self._config.max_total_len,
             num_waiting=self._num_waiting,
             max_waiting=self._config.max_queued_requests + self._rows.num_free,
@@ -295,6 +289,7 @@ class Scheduler:
         """Put a running request back into the queue; what it has computed stays cached if there is room."""
         self._leave(request)
         self._cache.release(request)
+        request.note("preempted", self._now_s)
         request.state = RequestState.WAITING
         request.num_preemptions += 1
         self._counters.num_preemptions += 1
@@ -380,6 +375,7 @@ class Scheduler:
     def _enter_row(self, request: Request, now_s: float) -> None:
         """Give an acquired request a row, which the worker need not know yet."""
         request.admit_until_s = math.inf
+        request.note("prefill_start" if request.recv_kv_from is None else "kv_reserved", now_s)
         self._rows.enter(request)
         if not request.num_preemptions:
             request.queue_s = max(0.0, now_s - request.arrival_s)
@@ -406,6 +402,7 @@ class Scheduler:
         elif request.state is not RequestState.WAITING:
             self._cache.release(request)
         request.state = RequestState.FINISHED
+        self._past.add(request, self._now_s)
         del self._requests[request.request_id]
         self._release_siblings(request)
 
@@ -426,7 +423,7 @@ class Scheduler:
     def _take_transfers(self, output: StepOutput) -> list[RequestOutput]:
         """Take over which transfers have ended, after the tokens of the same step."""
         outputs = []
-        for request, ending in self._transfers.end(output):
+        for request, ending in self._transfers.end(output, self._now_s):
             if request.state is RequestState.FINISHED:
                 self._cache.release(request)  # it ended before, and its slots are free only now
             elif isinstance(ending, KVArrival):
@@ -473,6 +470,10 @@ class Scheduler:
     def _running(self) -> Iterator[Request]:
         yield from self._prefilling.values()
         yield from self._decoding.values()
+
+    def inspect(self, request_ids: list[str]) -> list[RequestView]:
+        """What is known of these requests; those that were never here, or long ago, are left out."""
+        return self._past.views(request_ids, self._requests)
 
     def stats(self) -> EngineStats:
         """Numbers for metrics and routing; O(1)."""

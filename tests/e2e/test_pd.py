@@ -124,6 +124,16 @@ def test_kv_really_moves(cluster: Cluster) -> None:
     events = {node["role"]: [event for event, _ in node["events"]] for node in shown["nodes"]}
     assert events["prefill"] == ["sent", "first token", "handed over"]
     assert events["decode"] == ["sent", "reserved", "finished: length"]
+    own = {node["role"]: node["own"] for node in shown["nodes"] if "own" in node}
+    assert {role: view["state"] for role, view in own.items()} == {
+        "prefill": "finished",
+        "decode": "finished",
+    }
+    names = {role: [name for name, _ in view["events"]] for role, view in own.items()}
+    assert names["prefill"] == ["queued", "prefill_start", "prompt_computed", "kv_sent", "finished"]
+    assert names["decode"] == ["queued", "kv_reserved", "kv_received", "finished"]
+    times = [time_s for view in own.values() for _, time_s in view["events"]]
+    assert all(abs(time.time() - time_s) < 60 for time_s in times)
 
 
 def test_metrics_of_both_nodes_and_the_master_tell_of_transfers(cluster: Cluster) -> None:

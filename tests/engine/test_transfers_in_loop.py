@@ -8,6 +8,8 @@ from lightllm.messages import (
     AbortRequest,
     EngineOutput,
     EngineRequest,
+    Inspect,
+    Inspected,
     KVReserved,
     KVSource,
     KVTransfer,
@@ -116,6 +118,18 @@ def test_a_transfer_that_ends_behind_its_request_is_told_of():
     messages = [message for message in link.sent if isinstance(message, EngineOutput)]
     assert [one.request_id for message in messages for one in message.kv_transfers] == ["r"]
     assert [output.finish_reason for message in messages for output in message.outputs] == ["abort"]
+
+
+def test_questions_are_answered_between_steps():
+    executor, link = FakeExecutor(), RecordingLink()
+    engine = Engine(Scheduler(CONFIG, seed=1), executor, link)
+    link.inbox += [
+        EngineRequest(request_id="r", prompt_token_ids=PROMPT, sampling_params=PARAMS),
+        Inspect(nonce=5, request_ids=["r", "s"]),
+    ]
+    engine.step()
+    (answer,) = [message for message in link.sent if isinstance(message, Inspected)]
+    assert (answer.nonce, [(view.request_id, view.state) for view in answer.views]) == (5, [("r", "waiting")])
 
 
 def test_a_message_ends_the_wait_of_a_receiving_engine():
