@@ -302,6 +302,7 @@ class ScheduledBatch(Message):
     kv_sends            KV that may leave once this step is computed
     kv_recvs            KV that may arrive once all earlier steps are computed
     kv_cancels          requests whose transfer is not wanted any more
+    is_restart          a step has failed, and behind it those that followed: from here on things go on
 
     A batch without rows computes nothing: it carries orders and fetches what the transport has to tell.
     """
@@ -321,6 +322,7 @@ class ScheduledBatch(Message):
     kv_sends: list[KVTransferOrder] = []
     kv_recvs: list[KVTransferOrder] = []
     kv_cancels: list[str] = []
+    is_restart: bool = False
 
 
 class KVArrival(Part):

@@ -174,8 +174,10 @@ class Engine:
         while self.pending:
             with contextlib.suppress(StepFailed):
                 result_of(self.pending.popleft())
-        self.scheduler, outputs = self.recovery.run(self.scheduler, failure, self.steps_total)
-        return outputs
+        recovered = self.recovery.run(self.scheduler, failure, self.steps_total)
+        self.scheduler = recovered.scheduler
+        self._ended_transfers += recovered.kv_transfers
+        return recovered.outputs
 
     def _finish_steps_in_flight(self) -> None:
         while self.pending:

@@ -255,6 +255,8 @@ class Request:
             priority=self.priority,
             arrival_s=self.arrival_s,
             deadline_s=None if self.deadline_s == math.inf else self.deadline_s,
+            send_kv_to=self.send_kv_to,
+            recv_kv_from=self.recv_kv_from,
         )
 
     def transfer_output(self, failure: KVFailure | None) -> RequestOutput:

@@ -11,6 +11,7 @@ Knows no torch, no threads and no clock (times are arguments, Unix seconds). Run
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections import deque
@@ -79,9 +80,8 @@ class Scheduler:
         self._now_s = 0.0
 
         self._num_added = 0
-        self._num_scheduled_steps = 0
-        self._counters = Counters()
-        self._past = History()
+        self._step_ids = itertools.count()
+        self._counters, self._past = Counters(), History()
 
     # ------------------------------------------------------------ the outside: requests come and go
 
@@ -96,11 +96,6 @@ class Scheduler:
         return bool(self._transfers.live) and not (self._prefilling or self._decoding)
 
     @property
-    def is_transferring(self) -> bool:
-        """Whether a transport may touch slots."""
-        return bool(self._transfers.live)
-
-    @property
     def requests(self) -> Mapping[str, Request]:
         """All live requests by id."""
         return self._requests
@@ -109,15 +104,22 @@ class Scheduler:
         """Live requests of the oldest step in flight."""
         return [r.request_id for r in self._steps[0].requests if r.request_id in self._requests]
 
+    def last_orders(self) -> ScheduledBatch:
+        """End all transfers: behind this batch no transport touches slots of this scheduler any more."""
+        cancels = list(self._transfers.live)
+        return ScheduledBatch(step_id=next(self._step_ids), kv_cancels=cancels, is_restart=True)
+
     def successor(self) -> Scheduler:
         """An empty scheduler that goes on counting where this one is, which is not to be used any more."""
         other = Scheduler(self._config)
-        other._counters, other._num_scheduled_steps = self._counters, self._num_scheduled_steps
-        other._past = self._past
+        other._counters, other._step_ids, other._past = self._counters, self._step_ids, self._past
         return other
 
-    def add(self, message: EngineRequest, now_s: float) -> RequestOutput | None:
+    def add(self, message: EngineRequest, now_s: float, *, is_leased: bool = False) -> RequestOutput | None:
         """Accept a request; it will end in exactly one output with a finish_reason.
+
+        Args:
+            is_leased: it ends when it is not renewed; those that send or receive KV always do.
 
         Returns:
             That output at once if the request is refused, or has nothing left to generate; else None.
@@ -127,6 +129,8 @@ class Scheduler:
         if failure is not None:
             return RequestOutput(request_id=message.request_id, finish_reason="error", error=failure)
         request = self._make_request(message, now_s)
+        if is_leased or message.send_kv_to is not None or message.recv_kv_from is not None:
+            request.lease_until_s = now_s + self._config.kv_lease_s
         reason = request.finish_reason() if message.output_token_ids else None
         if reason is not None:
             return request.final_output(reason)
@@ -259,8 +263,6 @@ class Scheduler:
         request = make_request(message, now_s, seed=seed, eos_token_ids=self._eos_token_ids)
         self._num_added += 1
         request.rank = (urgency(request), self._num_added)
-        if request.send_kv_to is not None or request.recv_kv_from is not None:
-            request.lease_until_s = now_s + self._config.kv_lease_s
         return request
 
     def _enqueue(self, request: Request) -> None:
@@ -384,8 +386,7 @@ class Scheduler:
 
     def _emit(self, columns: BatchColumns, phase: str) -> ScheduledBatch:
         freed_rows = self._rows.take_freed(columns.new_requests)
-        batch = columns.finish(self._num_scheduled_steps, freed_rows, self._transfers.take_orders())
-        self._num_scheduled_steps += 1
+        batch = columns.finish(next(self._step_ids), freed_rows, self._transfers.take_orders())
         self._steps.append(Step(batch, columns.requests, phase))
         return batch
 

@@ -162,7 +162,10 @@ class Transport(ABC):
 
     @abstractmethod
     def cancel(self, request_id: str) -> None:
-        """End a transfer as failed; nothing happens if there is none, or it has ended."""
+        """End a transfer as failed; nothing happens if there is none, or it has ended.
+
+        When this returns its slots are not touched any more, and its ending waits for the next poll.
+        """
 
     @abstractmethod
     def poll(self) -> Endings:
