@@ -48,6 +48,7 @@ class CountingMachine(SchedulerMachine):
         counts["steps without prefix cache"] += 0 if config.enable_prefix_cache else driver.num_steps
         counts["steps without chunking"] += 0 if config.enable_chunked_prefill else driver.num_steps
         counts["steps in pools of at most 20 slots"] += driver.num_steps if config.num_slots <= 20 else 0
+        counts["steps that raised"] += driver.num_failures
         counts["preemptions"] += driver.scheduler.stats().preemptions_total
         counts["cached prompt tokens"] += driver.scheduler.stats().cached_tokens_total
         for request_id, request in driver.requests.items():

@@ -13,6 +13,8 @@ from lightllm.messages import (
     EngineOutput,
     EngineRequest,
     EngineStats,
+    Inspect,
+    Inspected,
     KVLayout,
     KVReserved,
     Message,
@@ -48,12 +50,23 @@ class Beat(Message, frozen=True):
     """Nothing new, but alive."""
 
 
+class KVTotals(Part, frozen=True):
+    """What has become of a node's KV transfers of one kind since it began; the labels are KVTransfer's."""
+
+    direction: str
+    transport: str
+    fault: str
+    num_transfers: int = 0
+    num_bytes: int = 0
+
+
 class NodeReport(Message, frozen=True):
     """A node's heartbeat. `is_draining`: it takes nothing new."""
 
     stats: EngineStats
     queued_prompt_tokens: int = 0
     is_draining: bool = False
+    kv_totals: list[KVTotals] = []
 
 
 class Bye(Message, frozen=True):
@@ -79,6 +92,6 @@ class MasterList(Message, frozen=True):
     pd_masters: list[MasterEntry]
 
 
-ToNode = EngineRequest | AbortRequest | RenewLeases | Beat
-FromNode = EngineOutput | KVReserved | NodeReport | Bye
+ToNode = EngineRequest | AbortRequest | RenewLeases | Inspect | Beat
+FromNode = EngineOutput | KVReserved | Inspected | NodeReport | Bye
 ToWatcher = MasterList | Beat

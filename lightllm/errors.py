@@ -142,7 +142,11 @@ class WorkerDied(EngineError):
 
 
 class KVTransferError(EngineError):
-    """KV could not be moved to or from a peer."""
+    """KV could not be moved to or from a peer; `fault` is the reason in one word, of `messages.KV_FAULTS`."""
+
+    def __init__(self, message: str, *, fault: str = "other") -> None:
+        super().__init__(message)
+        self.fault = fault
 
 
 class DeadlineExceeded(EngineError):

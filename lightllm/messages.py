@@ -110,6 +110,13 @@ class RenewLeases(Message):
     request_ids: list[str]
 
 
+class Inspect(Message):
+    """Ask for what is known of these requests: an `Inspected` with the same nonce."""
+
+    nonce: int
+    request_ids: list[str]
+
+
 class Ping(Message):
     """Ask for a `Pong` between two steps; never runs a model step."""
 
@@ -169,11 +176,37 @@ class EngineStats(Part):
     step_phase: str = "idle"
 
 
+KV_FAULTS = (
+    *("cancelled", "peer_lost", "peer_silent", "bad_token", "bad_ticket", "old_epoch", "bad_layout"),
+    *("no_lane", "refused", "not_accepted", "bad_frame", "no_link", "stopped", "other"),
+)
+"""Why KV transfers fail, as labels of metrics. `cancelled`: this node did not want it any more."""
+
+
+class KVTransfer(Part):
+    """One transfer that has ended, on one node, for the figures.
+
+    `direction` is sent or received; `transport` the lane, or none if the two ends had not agreed on one;
+    `fault` one of KV_FAULTS, empty if all went well.
+    """
+
+    request_id: str
+    direction: str
+    transport: str = "none"
+    fault: str = ""
+    num_bytes: int = 0
+    duration_s: float = 0.0
+
+
 class EngineOutput(Message):
-    """All outputs of a step, in one message; there may be none, the step is heard of all the same."""
+    """All outputs of a step, in one message; there may be none, the step is heard of all the same.
+
+    `kv_transfers` are those that have ended since the last such message.
+    """
 
     outputs: list[RequestOutput]
     stats: EngineStats
+    kv_transfers: list[KVTransfer] = []
 
 
 class KVReserved(Message):
@@ -181,6 +214,29 @@ class KVReserved(Message):
 
     request_id: str
     num_cached_tokens: int
+
+
+class RequestView(Part):
+    """One request as its engine sees it: where it is, the KV slots that it holds, what happened when.
+
+    Times are Unix seconds; `lease_until_s` is when it ends if nobody renews it, None where it has no lease.
+    """
+
+    request_id: str
+    state: str
+    num_tokens: int = 0
+    num_computed_tokens: int = 0
+    num_kv_tokens: int = 0
+    lease_until_s: float | None = None
+    events: list[tuple[str, float]] = []
+
+
+class Inspected(Message):
+    """Answer to `Inspect`; requests that are not known are left out. `fault`: why nothing is known."""
+
+    nonce: int
+    views: list[RequestView] = []
+    fault: str = ""
 
 
 class Pong(Message):
@@ -246,6 +302,7 @@ class ScheduledBatch(Message):
     kv_sends            KV that may leave once this step is computed
     kv_recvs            KV that may arrive once all earlier steps are computed
     kv_cancels          requests whose transfer is not wanted any more
+    is_restart          a step has failed, and behind it those that followed: from here on things go on
 
     A batch without rows computes nothing: it carries orders and fetches what the transport has to tell.
     """
@@ -265,6 +322,7 @@ class ScheduledBatch(Message):
     kv_sends: list[KVTransferOrder] = []
     kv_recvs: list[KVTransferOrder] = []
     kv_cancels: list[str] = []
+    is_restart: bool = False
 
 
 class KVArrival(Part):
@@ -288,7 +346,8 @@ class StepOutput(Message):
     speculation. `logprobs` and `prompt_logprobs` hold only rows that asked for them, by index into the batch;
     `prompt_logprobs[i]` entry j is about the prompt token at position starts[i] + 1 + j, which the positions
     computed in this step predict; tokens behind the prompt are left out. Each transfer ends in exactly one of
-    `kv_sent`, `kv_received` and `kv_failed`; from then on the transport touches its slots no more.
+    `kv_sent`, `kv_received` and `kv_failed`; from then on the transport touches its slots no more. For each
+    of them there is one in `kv_transfers`.
     """
 
     step_id: int
@@ -299,6 +358,7 @@ class StepOutput(Message):
     kv_sent: list[str] = []
     kv_received: list[KVArrival] = []
     kv_failed: list[KVFailure] = []
+    kv_transfers: list[KVTransfer] = []
 
 
 # ---------------------------------------------------------------- supervisor <-> its children
@@ -397,8 +457,8 @@ class ChildFailed(Message):
     exit_code: int = 1
 
 
-ToEngine = EngineRequest | AbortRequest | AbortAll | RenewLeases | Ping
-FromEngine = EngineOutput | KVReserved | Pong
+ToEngine = EngineRequest | AbortRequest | AbortAll | RenewLeases | Inspect | Ping
+FromEngine = EngineOutput | KVReserved | Inspected | Pong
 ToChild = ChildConfig | EngineUp | EngineDown | Drain
 FromChild = ChildProgress | ChildReady | ChildFailed
 

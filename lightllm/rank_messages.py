@@ -6,7 +6,15 @@ The same codec and the same rules. L0.
     machine 0 --ToMachine--> other machines of a node;         machine 0 <--FromMachine-- other machines
 """
 
-from lightllm.messages import EngineInfo, KVArrival, KVFailure, Message, ScheduledBatch, StepOutput
+from lightllm.messages import (
+    EngineInfo,
+    KVArrival,
+    KVFailure,
+    KVTransfer,
+    Message,
+    ScheduledBatch,
+    StepOutput,
+)
 
 # ---------------------------------------------------------------- engine <-> its worker processes
 
@@ -58,6 +66,7 @@ class RankTransfers(Message, frozen=True):
     kv_sent: list[str] = []
     kv_received: list[KVArrival] = []
     kv_failed: list[KVFailure] = []
+    kv_transfers: list[KVTransfer] = []
 
 
 class RankFailed(Message, frozen=True):

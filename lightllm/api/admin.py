@@ -106,12 +106,15 @@ async def list_requests(call: Call) -> None:
     limit = query.get("limit", str(DEFAULT_LISTED))
     if not limit.isascii() or not limit.isdigit() or len(limit) > 9:
         raise out_of_range("limit", limit, "a whole number >= 0")
-    await call.answer_json({"requests": call.context.requests.listing(state, int(limit))})
+    requests = call.context.requests.listing(state, int(limit))
+    live = iter(await _with_nodes(call.context, [one for one in requests if one["state"] != "done"]))
+    await call.answer_json({"requests": [one if one["state"] == "done" else next(live) for one in requests]})
 
 
 async def show_request(call: Call) -> None:
-    """`GET /debug/requests/{id}`."""
-    await call.answer_json(_find_request(call.context, call.path_params["id"]))
+    """`GET /debug/requests/{id}`; on a pd_master with what every node says of it."""
+    (found,) = await _with_nodes(call.context, [_find_request(call.context, call.path_params["id"])])
+    await call.answer_json(found)
 
 
 async def cancel_request(call: Call) -> None:
@@ -120,6 +123,15 @@ async def cancel_request(call: Call) -> None:
     _find_request(call.context, request_id)
     call.context.generator.abort(request_id)
     await call.answer_json(_find_request(call.context, request_id))
+
+
+async def _with_nodes(context: AppContext, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Requests in their published form; the nodes of a cluster are asked, each once for all of them."""
+    if context.cluster is None:
+        return requests
+    entries = [entry for request in requests for entry in request["nodes"]]
+    completed = iter(await context.cluster.router.inspector.complete(entries))
+    return [{**request, "nodes": [next(completed) for _ in request["nodes"]]} for request in requests]
 
 
 def _find_request(context: AppContext, request_id: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from prometheus_client.metrics_core import Metric
 
 from lightllm.api.metrics import labelled
+from lightllm.api.transfer_metrics import transfer_families
 from lightllm.frontend.node_server import ROLES
 from lightllm.frontend.pd_router import PDRouter
 
@@ -36,3 +37,6 @@ class ClusterMetrics:
         }
         for name, samples in gauges.items():
             yield labelled(name, f"{name.replace('_', ' ')}", "gauge", label, samples)
+        yield from transfer_families(
+            label, [(name, totals) for name, node in nodes for totals in node.kv_totals]
+        )

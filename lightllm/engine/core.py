@@ -20,6 +20,9 @@ from lightllm.messages import (
     EngineRequest,
     EngineStats,
     FromEngine,
+    Inspect,
+    Inspected,
+    KVTransfer,
     Ping,
     Pong,
     RenewLeases,
@@ -80,6 +83,7 @@ class Engine:
         self.recovery = Recovery(executor, clock)
         self.pending: deque[Pending] = deque()
         self.steps_total = 0
+        self._ended_transfers: list[KVTransfer] = []
 
     def step(self) -> None:
         """Run one turn of the loop; waits for messages only when there is nothing to compute."""
@@ -93,9 +97,10 @@ class Engine:
         num_steps = self.steps_total
         if len(self.pending) > (self.max_pending if batch is not None and batch.rows else 0):
             outputs += self._take_result()
-        if outputs or self.steps_total > num_steps:
+        if outputs or self.steps_total > num_steps or self._ended_transfers:
             stats = self.scheduler.stats()
-            self.link.send(EngineOutput(outputs=outputs, stats=stats))
+            ended, self._ended_transfers = self._ended_transfers, []
+            self.link.send(EngineOutput(outputs=outputs, stats=stats, kv_transfers=ended))
             self.on_stats(stats)
 
     def run(self, should_stop: Callable[[], bool]) -> None:
@@ -141,6 +146,8 @@ class Engine:
                         self.scheduler.abort(request_id, "abort")
                 case RenewLeases(request_ids=request_ids):
                     self.scheduler.renew(request_ids, self.clock())
+                case Inspect(nonce=nonce, request_ids=request_ids):
+                    self.link.send(Inspected(nonce=nonce, views=self.scheduler.inspect(request_ids)))
                 case Ping(nonce=nonce):
                     self.link.send(Pong(nonce=nonce, stats=self.scheduler.stats()))
         return outputs
@@ -159,6 +166,7 @@ class Engine:
         except StepFailed as failure:
             return self._recover(failure)
         self.steps_total += bool(result.token_ids)  # a batch without rows is no step
+        self._ended_transfers += result.kv_transfers
         return self.scheduler.update(result)
 
     def _recover(self, failure: StepFailed) -> list[RequestOutput]:
@@ -166,8 +174,10 @@ class Engine:
         while self.pending:
             with contextlib.suppress(StepFailed):
                 result_of(self.pending.popleft())
-        self.scheduler, outputs = self.recovery.run(self.scheduler, failure, self.steps_total)
-        return outputs
+        recovered = self.recovery.run(self.scheduler, failure, self.steps_total)
+        self.scheduler = recovered.scheduler
+        self._ended_transfers += recovered.kv_transfers
+        return recovered.outputs
 
     def _finish_steps_in_flight(self) -> None:
         while self.pending:

@@ -135,8 +135,8 @@ class ProcessExecutor(Executor):
         match message:
             case StepOutput(step_id=step_id):
                 self._outputs[step_id] = message
-            case RankTransfers(rank=rank):
-                self._transfers.note(rank, message.kv_sent, message.kv_received, message.kv_failed)
+            case RankTransfers():
+                self._transfers.note(message)
             case RankAlive(rank=rank):
                 self._heard_s[rank] = time.monotonic()
             case RankReady(rank=rank, info=info):

@@ -30,12 +30,16 @@ from lightllm.messages import (
     EngineStats,
     EngineUp,
     FromEngine,
+    Inspect,
+    Inspected,
     KVReserved,
+    KVTransfer,
     Ping,
     Pong,
     RenewLeases,
     RequestFailure,
     RequestOutput,
+    RequestView,
     ToEngine,
 )
 
@@ -141,6 +145,7 @@ class EngineClient:
         stats: its state after the last step heard of.
         restarts_total: how many engines came after the first.
         on_kv_reserved: told when a request has slots for KV from another node.
+        on_kv_transfers: told of transfers that have ended.
     """
 
     def __init__(
@@ -150,6 +155,7 @@ class EngineClient:
         self.stats = EngineStats()
         self.restarts_total = -1
         self.on_kv_reserved: Callable[[KVReserved], None] = lambda message: None
+        self.on_kv_transfers: Callable[[list[KVTransfer]], None] = lambda transfers: None
         self._on_stats = on_stats or (lambda stats: None)
         self._max_step_tokens = max_step_tokens
         self._context = zmq.Context(io_threads=1)
@@ -160,6 +166,7 @@ class EngineClient:
         self._down_reason = ""
         self._live: dict[str, _Live] = {}
         self._pongs: dict[int, asyncio.Future[None]] = {}
+        self._inspections: dict[int, asyncio.Future[list[RequestView]]] = {}
         self._nonce = 0
         self._heard_s = 0.0
         self._token_s = 0.0
@@ -254,6 +261,18 @@ class EngineClient:
         """Bring `stats` up to date if that takes at most `limit_s`."""
         await self.ping(limit_s)
 
+    async def inspect(self, request_ids: list[str], limit_s: float) -> list[RequestView] | None:
+        """What the engine knows of these requests; None if it does not answer within `limit_s`."""
+        self._nonce += 1
+        nonce = self._nonce
+        answer = self._inspections[nonce] = asyncio.get_running_loop().create_future()
+        self._send(Inspect(nonce=nonce, request_ids=request_ids))
+        try:
+            await asyncio.wait({answer}, timeout=limit_s)
+        finally:
+            self._inspections.pop(nonce, None)
+        return answer.result() if answer.done() else None
+
     async def find_fault(self) -> str | None:
         """Name the part that is stuck; None when all is well.
 
@@ -303,6 +322,8 @@ class EngineClient:
         match message:
             case EngineOutput(outputs=outputs):
                 self._note_step(message.stats)
+                if message.kv_transfers:
+                    self.on_kv_transfers(message.kv_transfers)
                 for output in outputs:
                     live = self._live.get(output.request_id)
                     if live is not None:  # else it was aborted in the meantime
@@ -310,6 +331,10 @@ class EngineClient:
             case KVReserved():
                 if message.request_id in self._live:
                     self.on_kv_reserved(message)
+            case Inspected(nonce=nonce, views=views):
+                answer = self._inspections.pop(nonce, None)
+                if answer is not None:
+                    answer.set_result(views)
             case Pong(nonce=nonce):
                 self.stats = message.stats
                 pong = self._pongs.get(nonce)

@@ -8,6 +8,7 @@ frontend process of a node.
 
 import asyncio
 import logging
+from collections.abc import Callable
 
 import msgspec
 
@@ -19,6 +20,7 @@ from lightllm.cluster_messages import (
     Beat,
     Bye,
     FromNode,
+    KVTotals,
     NodeRecord,
     NodeReport,
     Registration,
@@ -31,6 +33,8 @@ from lightllm.messages import (
     EngineOutput,
     EngineRequest,
     EngineStats,
+    Inspect,
+    Inspected,
     KVReserved,
     RenewLeases,
     RequestFailure,
@@ -39,6 +43,8 @@ from lightllm.messages import (
 from lightllm.node_link import Dialling, Link
 
 logger = logging.getLogger(__name__)
+
+INSPECT_LIMIT_S = 0.8
 
 
 class NodeAgent:
@@ -50,6 +56,7 @@ class NodeAgent:
 
     Attributes:
         is_draining: set when nothing new is taken any more.
+        kv_totals: asked what has become of KV transfers, for each heartbeat.
     """
 
     def __init__(
@@ -71,6 +78,7 @@ class NodeAgent:
         self.address = address
         self.version = version
         self.is_draining = False
+        self.kv_totals: Callable[[], list[KVTotals]] = list
         self._wanted: set[tuple[str, int]] = set()
         self._masters: dict[tuple[str, int], _MasterLink] = {}
         engine.on_kv_reserved = self._on_kv_reserved
@@ -170,6 +178,7 @@ class _MasterLink:
         # Prompt tokens of each request, 0 once its first token is there.
         self.requests: dict[str, int] = {}
         self._outputs: list[RequestOutput] = []
+        self._tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
         self._decoder: msgspec.msgpack.Decoder[ToNode] = messages.decoder(ToNode)
         self.dialling = Dialling(host, port, REGISTER_PATH, self, self._dialer, "pd_master")
@@ -206,6 +215,10 @@ class _MasterLink:
                     self.agent.engine.abort(request_id, reason)
             case RenewLeases(request_ids=request_ids):
                 self.agent.engine.renew_leases([i for i in request_ids if i in self.requests])
+            case Inspect() as question:
+                task = self._loop.create_task(self._inspect(question))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
             case Beat():
                 pass
 
@@ -226,6 +239,7 @@ class _MasterLink:
             stats=self.agent.engine.stats,
             queued_prompt_tokens=self.agent.num_queued_tokens,
             is_draining=self.agent.is_draining or self.agent.engine.info is None,
+            kv_totals=self.agent.kv_totals(),
         )
 
     @property
@@ -254,6 +268,12 @@ class _MasterLink:
         except LightLLMError as error:
             failure = RequestFailure(code=error.code, message=error.message)
             self.on_output(RequestOutput(request_id=request.request_id, finish_reason="error", error=failure))
+
+    async def _inspect(self, question: Inspect) -> None:
+        """Answer for the engine; that it does not answer itself is worth knowing, too."""
+        views = await self.agent.engine.inspect(question.request_ids, INSPECT_LIMIT_S)
+        fault = "" if views is not None else f"its engine does not answer within {INSPECT_LIMIT_S:g} s"
+        self.send(Inspected(nonce=question.nonce, views=views or [], fault=fault))
 
     def _flush(self) -> None:
         if self._outputs and self.link is not None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from lightllm.cluster_messages import NodeRecord
+from lightllm.cluster_messages import KVTotals, NodeRecord
 from lightllm.messages import EngineInfo, EngineStats, KVLayout
 
 PREFIX_BLOCK_TOKENS = 64
@@ -62,6 +62,7 @@ class Node:
         promised_tokens: KV that those will take, beyond what its last report counts.
         queued_tokens: prompt tokens that this master has sent and that have brought no token yet.
         full_until_s: it said that it has no room; not asked before this monotonic time.
+        kv_totals: what has become of its KV transfers.
         last_error: of a request or link, for `/cluster`.
     """
 
@@ -77,6 +78,7 @@ class Node:
         self.queued_tokens = 0
         self.full_until_s = 0.0
         self.prefixes = PrefixDigest()
+        self.kv_totals: list[KVTotals] = []
         self.since_unix_s = time.time()
         self.last_error = ""
 

@@ -14,7 +14,7 @@ from lightllm.cluster_link import Acceptor, Hello, LinkRefused, Seal, Welcome
 from lightllm.cluster_messages import REGISTER_PURPOSE, Beat, Bye, FromNode, NodeReport, Registration
 from lightllm.frontend.node_directory import Node
 from lightllm.frontend.pd_router import PDRouter
-from lightllm.messages import PROTOCOL_VERSION, EngineOutput, KVReserved
+from lightllm.messages import PROTOCOL_VERSION, EngineOutput, Inspected, KVReserved
 from lightllm.node_link import Link, accept
 from lightllm.web_socket import WebSocket
 
@@ -149,7 +149,10 @@ class _NodeLink:
                 self._router.on_outputs(self.node, outputs)
             case KVReserved() as message:
                 self._router.on_reserved(self.node, message)
+            case Inspected() as message:
+                self._router.inspector.answered(self.node, message)
             case NodeReport() as report:
+                self.node.kv_totals = report.kv_totals
                 self._router.node_reported(self.node, report)
             case Bye(reason=reason):
                 link.close(reason)

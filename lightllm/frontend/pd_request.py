@@ -3,7 +3,6 @@
 Plain state, changed by `pd_router` only. Runs in the frontend's event loop of a pd_master.
 """
 
-import logging
 import time
 from collections import OrderedDict
 from typing import Any
@@ -13,8 +12,6 @@ import msgspec
 from lightllm.frontend.engine_client import OutputSink
 from lightllm.frontend.node_directory import Node
 from lightllm.messages import EngineRequest, KVSource, KVTarget, RequestFailure, RequestOutput
-
-logger = logging.getLogger(__name__)
 
 KEPT_HISTORIES = 1000
 
@@ -144,15 +141,14 @@ class RoutedRequest:
         own = {"node": "pd_master", "role": "pd_master", "state": self._state(), "events": list(self._events)}
         return [own, *(leg.describe() for leg in self.legs)]
 
-    def report_if_stuck(self, now: float, limit_s: float) -> None:
-        """Log once, with all that is known, that nothing has happened for so long."""
+    def is_stuck(self, now: float, limit_s: float) -> bool:
+        """Whether nothing has happened for so long; said once, until something happens again."""
         if len(self.tokens) != self._seen_tokens:
             self._seen_tokens, self.moved_s, self._was_reported = len(self.tokens), now, False
-        if now - self.moved_s > limit_s and not self._was_reported:
-            self._was_reported = True
-            logger.warning(
-                "request %s has not moved for %.0f s: %s", self.request.request_id, limit_s, self.describe()
-            )
+        if now - self.moved_s <= limit_s or self._was_reported:
+            return False
+        self._was_reported = True
+        return True
 
     def _state(self) -> str:
         if self.decode is None and self.prefill is None:

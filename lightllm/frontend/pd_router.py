@@ -21,6 +21,7 @@ from lightllm.cluster_messages import NodeReport
 from lightllm.errors import CapacityError
 from lightllm.frontend.engine_client import FinishRate, OutputSink, hand_over
 from lightllm.frontend.node_directory import Node, NodeDirectory
+from lightllm.frontend.pd_inspector import Inspector
 from lightllm.frontend.pd_probe import PairProbes
 from lightllm.frontend.pd_request import Histories, Leg, Legs, RoutedRequest
 from lightllm.messages import (
@@ -42,7 +43,6 @@ PUMP_S = 0.25
 FULL_RETRY_S = 0.5
 MAX_ATTEMPTS = 6
 NO_NODES_RETRY_S = 5
-STUCK_AFTER_S = 10.0
 # Ends of a leg that say something about the node or the transfer, not about the request.
 ELSEWHERE = frozenset(
     (
@@ -79,6 +79,7 @@ class PDRouter:
         self._waiting: deque[RoutedRequest] = deque()
         self._siblings: dict[str, list[RoutedRequest]] = {}
         self._histories = Histories()
+        self.inspector = Inspector(self.directory)
         self._rate = FinishRate()
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -477,9 +478,7 @@ class PDRouter:
         while True:
             await asyncio.sleep(PUMP_S)
             self._pump()
-            now = time.monotonic()
-            for routed in self._requests.values():
-                routed.report_if_stuck(now, STUCK_AFTER_S)
+            self.inspector.report_stuck(self._requests.values())
 
     async def _renew_leases(self) -> None:
         while True:

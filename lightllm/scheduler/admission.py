@@ -8,9 +8,12 @@ from lightllm.scheduler.request import Request
 
 
 def refusal(
-    message: EngineRequest, *, max_total_len: int, num_waiting: int, max_waiting: int
+    message: EngineRequest, *, is_in_use: bool, max_total_len: int, num_waiting: int, max_waiting: int
 ) -> RequestFailure | None:
-    """Why a request cannot be accepted; None if it can."""
+    """Why a request cannot be accepted; None if it can. `is_in_use`: there is another one of its id."""
+    if is_in_use:
+        text = f"request id {message.request_id} is in use already"
+        return RequestFailure(code="internal", message=text)
     num_prompt, num_new = len(message.prompt_token_ids), message.sampling_params.max_new_tokens
     if message.grammar:
         text = "constrained output is not implemented in this version"
@@ -43,7 +46,9 @@ def make_request(
         end_token_ids = end_token_ids.union(params.stop_token_ids)
     # A clock that is ahead somewhere else must not push a request to the end of the queue.
     arrival_s = min(message.arrival_s, now_s) if message.arrival_s else now_s
-    return Request(message, arrival_s=arrival_s, seed=seed, end_token_ids=end_token_ids)
+    request = Request(message, arrival_s=arrival_s, seed=seed, end_token_ids=end_token_ids)
+    request.note("queued", now_s)
+    return request
 
 
 def _bad_transfer(message: EngineRequest) -> RequestFailure | None:

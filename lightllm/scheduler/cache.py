@@ -64,6 +64,12 @@ class NullPrefixCache:
             del request.slots[-count:]
             request.num_unsent_slots = max(0, request.num_unsent_slots - count)
 
+    def trim(self, request: Request) -> None:
+        """Take back slots of positions behind the last token: nothing is computed there as it should be."""
+        surplus = request.num_computed_tokens - len(request.token_ids) + 1
+        self.shrink(request, surplus)
+        request.num_computed_tokens -= surplus
+
     def extend_each(self, requests: list[Request]) -> list[int]:
         """Append one slot to each request, all of which have some; returns these slots in order."""
         self._make_room(len(requests))

@@ -28,6 +28,8 @@ from lightllm.scheduler.radix_tree import Node
 if TYPE_CHECKING:
     from lightllm.scheduler.drafting import Drafting
 
+MAX_EVENTS = 32
+
 
 class RequestState(Enum):
     """Where a request is in its life.
@@ -80,6 +82,7 @@ class Request:
         send_kv_to: where its KV goes; num_ordered_tokens of it are ordered, or at the target already.
         recv_kv_from: from where its KV comes; None again once it is there.
         lease_until_s, admit_until_s: when it ends if it is not renewed, or not admitted.
+        events: what happened to it, and when (Unix seconds).
     """
 
     __slots__ = (
@@ -88,6 +91,7 @@ class Request:
         "deadline_s",
         "drafting",
         "end_token_ids",
+        "events",
         "is_in_row",
         "lease_until_s",
         "max_num_tokens",
@@ -160,6 +164,13 @@ class Request:
         self.queue_s = 0.0
         self.num_preemptions = 0
         self.drafting: Drafting | None = None
+        self.events: list[tuple[str, float]] = []
+
+    def note(self, event: str, now_s: float) -> None:
+        """Remember when something happened to it; of very many events the first and the latest ones."""
+        if len(self.events) == MAX_EVENTS:
+            del self.events[1]
+        self.events.append((event, now_s))
 
     @property
     def num_remaining_tokens(self) -> int:
@@ -250,6 +261,8 @@ class Request:
             priority=self.priority,
             arrival_s=self.arrival_s,
             deadline_s=None if self.deadline_s == math.inf else self.deadline_s,
+            send_kv_to=self.send_kv_to,
+            recv_kv_from=self.recv_kv_from,
         )
 
     def transfer_output(self, failure: KVFailure | None) -> RequestOutput:

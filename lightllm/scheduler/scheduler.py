@@ -11,6 +11,7 @@ Knows no torch, no threads and no clock (times are arguments, Unix seconds). Run
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections import deque
@@ -24,6 +25,7 @@ from lightllm.messages import (
     KVReserved,
     RequestFailure,
     RequestOutput,
+    RequestView,
     ScheduledBatch,
     StepOutput,
 )
@@ -33,6 +35,7 @@ from lightllm.scheduler.cache import NullPrefixCache, PrefixCache
 from lightllm.scheduler.config import SchedulerConfig, check_config
 from lightllm.scheduler.counters import Counters
 from lightllm.scheduler.drafting import Drafter
+from lightllm.scheduler.history import History
 from lightllm.scheduler.policy import POLICIES, WaitingQueue, urgency
 from lightllm.scheduler.request import Request, RequestState
 from lightllm.scheduler.rows import Rows
@@ -77,8 +80,8 @@ class Scheduler:
         self._now_s = 0.0
 
         self._num_added = 0
-        self._num_scheduled_steps = 0
-        self._counters = Counters()
+        self._step_ids = itertools.count()
+        self._counters, self._past = Counters(), History()
 
     # ------------------------------------------------------------ the outside: requests come and go
 
@@ -93,11 +96,6 @@ class Scheduler:
         return bool(self._transfers.live) and not (self._prefilling or self._decoding)
 
     @property
-    def is_transferring(self) -> bool:
-        """Whether a transport may touch slots."""
-        return bool(self._transfers.live)
-
-    @property
     def requests(self) -> Mapping[str, Request]:
         """All live requests by id."""
         return self._requests
@@ -106,14 +104,22 @@ class Scheduler:
         """Live requests of the oldest step in flight."""
         return [r.request_id for r in self._steps[0].requests if r.request_id in self._requests]
 
+    def last_orders(self) -> ScheduledBatch:
+        """End all transfers: behind this batch no transport touches slots of this scheduler any more."""
+        cancels = list(self._transfers.live)
+        return ScheduledBatch(step_id=next(self._step_ids), kv_cancels=cancels, is_restart=True)
+
     def successor(self) -> Scheduler:
         """An empty scheduler that goes on counting where this one is, which is not to be used any more."""
         other = Scheduler(self._config)
-        other._counters, other._num_scheduled_steps = self._counters, self._num_scheduled_steps
+        other._counters, other._step_ids, other._past = self._counters, self._step_ids, self._past
         return other
 
-    def add(self, message: EngineRequest, now_s: float) -> RequestOutput | None:
+    def add(self, message: EngineRequest, now_s: float, *, is_leased: bool = False) -> RequestOutput | None:
         """Accept a request; it will end in exactly one output with a finish_reason.
+
+        Args:
+            is_leased: it ends when it is not renewed; those that send or receive KV always do.
 
         Returns:
             That output at once if the request is refused, or has nothing left to generate; else None.
@@ -123,6 +129,8 @@ class Scheduler:
         if failure is not None:
             return RequestOutput(request_id=message.request_id, finish_reason="error", error=failure)
         request = self._make_request(message, now_s)
+        if is_leased or message.send_kv_to is not None or message.recv_kv_from is not None:
+            request.lease_until_s = now_s + self._config.kv_lease_s
         reason = request.finish_reason() if message.output_token_ids else None
         if reason is not None:
             return request.final_output(reason)
@@ -190,7 +198,7 @@ class Scheduler:
         for request in prefills:
             self._cache.share(request)
             if request.send_kv_to is not None:
-                self._transfers.ship(request)
+                self._transfers.ship(request, now_s)
             if request.is_prompt_computed:
                 self._release_siblings(request)
         return self._emit(batch, "decode" if not prefills else "mixed" if decodes else "prefill")
@@ -218,15 +226,17 @@ class Scheduler:
             if not is_sampling or request.state is finished:
                 continue
             if index in drafts:
-                new_token_ids = self._settle_drafts(request, new_token_ids, output.duration_s)
+                assert self._drafter is not None
+                new_token_ids = self._drafter.settle(request, new_token_ids, output.duration_s)
+                if request.state is running:
+                    self._cache.trim(request)
             else:
                 (token_id,) = new_token_ids
                 request.token_ids.append(token_id)
                 request.num_in_flight -= 1
             num_tokens += len(new_token_ids)
-            told = request.token_output(new_token_ids, logprobs.get(index))
-            outputs.append(told)
-            if told.finish_reason is not None:
+            outputs.append(request.token_output(new_token_ids, logprobs.get(index)))
+            if outputs[-1].finish_reason is not None:
                 self._finish(request)
             elif request.state is not running and not request.num_in_flight:
                 self._go_on_elsewhere(request)
@@ -235,26 +245,13 @@ class Scheduler:
             outputs += self._take_transfers(output)
         return outputs
 
-    def _settle_drafts(self, request: Request, token_ids: list[int], duration_s: float) -> list[int]:
-        """Take what a step with drafts brought; returns the tokens that the request has taken."""
-        assert self._drafter is not None
-        taken = self._drafter.settle(request, token_ids, duration_s)
-        if request.state is RequestState.RUNNING:
-            # Behind the last token whose successor is known nothing is computed as it should be.
-            surplus = request.num_computed_tokens - len(request.token_ids) + 1
-            self._cache.shrink(request, surplus)
-            request.num_computed_tokens -= surplus
-        return taken
-
     # ------------------------------------------------------------ adding
 
     def _refusal(self, message: EngineRequest) -> RequestFailure | None:
         """Why a request cannot be accepted; None if it can."""
-        request_id = message.request_id
-        if request_id in self._requests or request_id in self._transfers.live:
-            return RequestFailure(code="internal", message=f"request id {request_id} is in use already")
         return refusal(
             message,
+            is_in_use=message.request_id in self._requests or message.request_id in self._transfers.live,
             max_total_len=self._config.max_total_len,
             num_waiting=self._num_waiting,
             max_waiting=self._config.max_queued_requests + self._rows.num_free,
@@ -266,8 +263,6 @@ class Scheduler:
         request = make_request(message, now_s, seed=seed, eos_token_ids=self._eos_token_ids)
         self._num_added += 1
         request.rank = (urgency(request), self._num_added)
-        if request.send_kv_to is not None or request.recv_kv_from is not None:
-            request.lease_until_s = now_s + self._config.kv_lease_s
         return request
 
     def _enqueue(self, request: Request) -> None:
@@ -296,6 +291,7 @@ class Scheduler:
         """Put a running request back into the queue; what it has computed stays cached if there is room."""
         self._leave(request)
         self._cache.release(request)
+        request.note("preempted", self._now_s)
         request.state = RequestState.WAITING
         request.num_preemptions += 1
         self._counters.num_preemptions += 1
@@ -381,6 +377,7 @@ class Scheduler:
     def _enter_row(self, request: Request, now_s: float) -> None:
         """Give an acquired request a row, which the worker need not know yet."""
         request.admit_until_s = math.inf
+        request.note("prefill_start" if request.recv_kv_from is None else "kv_reserved", now_s)
         self._rows.enter(request)
         if not request.num_preemptions:
             request.queue_s = max(0.0, now_s - request.arrival_s)
@@ -389,8 +386,7 @@ class Scheduler:
 
     def _emit(self, columns: BatchColumns, phase: str) -> ScheduledBatch:
         freed_rows = self._rows.take_freed(columns.new_requests)
-        batch = columns.finish(self._num_scheduled_steps, freed_rows, self._transfers.take_orders())
-        self._num_scheduled_steps += 1
+        batch = columns.finish(next(self._step_ids), freed_rows, self._transfers.take_orders())
         self._steps.append(Step(batch, columns.requests, phase))
         return batch
 
@@ -407,6 +403,7 @@ class Scheduler:
         elif request.state is not RequestState.WAITING:
             self._cache.release(request)
         request.state = RequestState.FINISHED
+        self._past.add(request, self._now_s)
         del self._requests[request.request_id]
         self._release_siblings(request)
 
@@ -427,7 +424,7 @@ class Scheduler:
     def _take_transfers(self, output: StepOutput) -> list[RequestOutput]:
         """Take over which transfers have ended, after the tokens of the same step."""
         outputs = []
-        for request, ending in self._transfers.end(output):
+        for request, ending in self._transfers.end(output, self._now_s):
             if request.state is RequestState.FINISHED:
                 self._cache.release(request)  # it ended before, and its slots are free only now
             elif isinstance(ending, KVArrival):
@@ -475,14 +472,17 @@ class Scheduler:
         yield from self._prefilling.values()
         yield from self._decoding.values()
 
+    def inspect(self, request_ids: list[str]) -> list[RequestView]:
+        """What is known of these requests; those that were never here, or long ago, are left out."""
+        return self._past.views(request_ids, self._requests)
+
     def stats(self) -> EngineStats:
         """Numbers for metrics and routing; O(1)."""
-        num_available, num_evictable = self._cache.num_available, self._cache.num_evictable
         return EngineStats(
             requests_running=self._num_running,
             requests_waiting=self._num_waiting,
-            kv_used_tokens=self._config.num_slots - num_available,
-            kv_cached_tokens=num_evictable,
+            kv_used_tokens=self._config.num_slots - self._cache.num_available,
+            kv_cached_tokens=self._cache.num_evictable,
             kv_total_tokens=self._config.num_slots,
             kv_committed_tokens=self._rows.num_committed_tokens,
             **self._counters.fields(),

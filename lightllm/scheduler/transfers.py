@@ -53,7 +53,7 @@ class Transfers:
         )
         self._reservations.append(KVReserved(request_id=request.request_id, num_cached_tokens=start))
 
-    def ship(self, request: Request) -> None:
+    def ship(self, request: Request, now_s: float) -> None:
         """Order what the next step computes of the request, and what is in the cache before that.
 
         The slots must be those that stay: after the request's chunk has been shared.
@@ -62,6 +62,8 @@ class Transfers:
         if start >= stop:
             return
         is_last = stop == len(request.token_ids)
+        if is_last:
+            request.note("prompt_computed", now_s)
         request.num_ordered_tokens = stop
         self.live[request.request_id] = request
         self._orders.sends.append(
@@ -79,16 +81,18 @@ class Transfers:
         """Ask the transport to let go of a live transfer."""
         self._orders.cancels.append(request.request_id)
 
-    def end(self, output: StepOutput) -> Iterator[tuple[Request, KVArrival | KVFailure | None]]:
+    def end(self, output: StepOutput, now_s: float) -> Iterator[tuple[Request, KVArrival | KVFailure | None]]:
         """The transport has let go of the slots of these requests; None stands for what was sent."""
-        endings: list[KVArrival | KVFailure] = [*output.kv_received, *output.kv_failed]
-        for ending in endings:
-            yield self._end(ending.request_id), ending
+        for arrival in output.kv_received:
+            yield self._end(arrival.request_id, "kv_received", now_s), arrival
+        for failure in output.kv_failed:
+            yield self._end(failure.request_id, f"kv_failed: {failure.reason}", now_s), failure
         for request_id in output.kv_sent:
-            yield self._end(request_id), None
+            yield self._end(request_id, "kv_sent", now_s), None
 
-    def _end(self, request_id: str) -> Request:
+    def _end(self, request_id: str, event: str, now_s: float) -> Request:
         request = self.live.pop(request_id)
+        request.note(event, now_s)
         self.leave(request)
         return request
 

@@ -22,6 +22,7 @@ from lightllm.api.metrics import Metrics
 from lightllm.api.nodes import web_sockets
 from lightllm.api.protocol import uvicorn_config
 from lightllm.api.request_log import RequestLog
+from lightllm.api.transfer_metrics import TransferMetrics
 from lightllm.config import Config, decode_config
 from lightllm.errors import LightLLMError
 from lightllm.frontend.generator import Generator
@@ -106,6 +107,11 @@ class Frontend:
             router = self.role.cluster.router
             self.context.requests.nodes_of = router.describe
             self.metrics.registry.register(ClusterMetrics(self.metrics.model, router))
+        if self.role.agent is not None:
+            transfers = TransferMetrics(self.metrics.model)
+            self.metrics.registry.register(transfers)
+            self.role.agent.engine.on_kv_transfers = transfers.note
+            self.role.agent.kv_totals = transfers.totals
         settle_memory()
         self.parent.send(ChildReady())
         await self.server.serve(sockets)

@@ -201,6 +201,7 @@ class Answers:
                         kv_sent=output.kv_sent,
                         kv_received=output.kv_received,
                         kv_failed=output.kv_failed,
+                        kv_transfers=output.kv_transfers,
                     )
                 )
 

@@ -6,13 +6,17 @@ verbs are called from its one thread, the work is done in threads of the transpo
 """
 
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
+import msgspec
+
+from lightllm.cluster_link import LinkBroken, LinkRefused
 from lightllm.errors import KVTransferError
-from lightllm.messages import KVArrival, KVFailure, KVTransferOrder
+from lightllm.messages import KV_FAULTS, KVArrival, KVFailure, KVTransfer, KVTransferOrder
 
 
 class Limits(NamedTuple):
@@ -31,12 +35,29 @@ class Limits(NamedTuple):
     ticket_s: float = 5.0
 
 
+def fault_of(error: Exception) -> str:
+    """The one of KV_FAULTS for an exception that ends a transfer."""
+    match error:
+        case KVTransferError(fault=fault):
+            return fault
+        case LinkRefused(reason=reason):
+            return reason if reason in KV_FAULTS else "refused"
+        case LinkBroken() | msgspec.DecodeError():
+            return "bad_frame"
+        case TimeoutError():
+            return "peer_silent"
+        case OSError():
+            return "peer_lost"
+    return "other"
+
+
 class Endings(NamedTuple):
-    """Transfers that have ended since the last poll, as StepOutput reports them."""
+    """Transfers that have ended since the last poll, as StepOutput reports them; `transfers` are all."""
 
     received: list[KVArrival]
     sent: list[str]
     failed: list[KVFailure]
+    transfers: list[KVTransfer]
 
 
 class Ledger:
@@ -44,11 +65,12 @@ class Ledger:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._endings = Endings([], [], [])
+        self._endings = Endings([], [], [], [])
 
-    def note(self, ending: KVArrival | KVFailure | str) -> None:
+    def note(self, ending: KVArrival | KVFailure | str, transfer: KVTransfer) -> None:
         """Add one; a string is the id of a request whose KV was sent."""
         with self._lock:
+            self._endings.transfers.append(transfer)
             match ending:
                 case KVArrival():
                     self._endings.received.append(ending)
@@ -60,15 +82,28 @@ class Ledger:
     def take(self) -> Endings:
         """All since the last call."""
         with self._lock:
-            endings, self._endings = self._endings, Endings([], [], [])
+            endings, self._endings = self._endings, Endings([], [], [], [])
         return endings
 
 
 class Hold:
-    """The right to touch the slots of one transfer: until it is given up, once and for one reason."""
+    """The right to touch the slots of one transfer: until it is given up, once and for one reason.
 
-    def __init__(self, request_id: str, ledger: Ledger) -> None:
+    Args:
+        direction: sent or received.
+
+    Attributes:
+        lane: how the bytes go, empty until the two ends have agreed.
+        num_bytes: payload that has been moved.
+        began_s: monotonic time from which the transfer is measured.
+    """
+
+    def __init__(self, request_id: str, ledger: Ledger, direction: str) -> None:
         self.request_id = request_id
+        self.direction = direction
+        self.lane = ""
+        self.num_bytes = 0
+        self.began_s = time.monotonic()
         self._ledger = ledger
         self._lock = threading.Lock()
         self._is_over = False
@@ -90,18 +125,26 @@ class Hold:
                 raise KVTransferError(f"the transfer of {self.request_id} was given up here")
             yield
 
-    def end(self, ending: KVArrival | KVFailure | str) -> bool:
+    def end(self, ending: KVArrival | KVFailure | str, fault: str = "") -> bool:
         """Give up the slots and report why; False if that has been done before."""
         with self._lock:
             if self._is_over:
                 return False
             self._is_over = True
-        self._ledger.note(ending)
+        transfer = KVTransfer(
+            request_id=self.request_id,
+            direction=self.direction,
+            transport=self.lane or "none",
+            fault=fault,
+            num_bytes=self.num_bytes,
+            duration_s=time.monotonic() - self.began_s,
+        )
+        self._ledger.note(ending, transfer)
         return True
 
-    def fail(self, reason: str) -> bool:
-        """Give up the slots because the transfer has failed."""
-        return self.end(KVFailure(request_id=self.request_id, reason=reason))
+    def fail(self, reason: str, fault: str = "other") -> bool:
+        """Give up the slots because the transfer has failed; `fault` is one of KV_FAULTS."""
+        return self.end(KVFailure(request_id=self.request_id, reason=reason), fault)
 
 
 class Transport(ABC):
@@ -119,7 +162,10 @@ class Transport(ABC):
 
     @abstractmethod
     def cancel(self, request_id: str) -> None:
-        """End a transfer as failed; nothing happens if there is none, or it has ended."""
+        """End a transfer as failed; nothing happens if there is none, or it has ended.
+
+        When this returns its slots are not touched any more, and its ending waits for the next poll.
+        """
 
     @abstractmethod
     def poll(self) -> Endings:
@@ -139,11 +185,11 @@ class NullTransport(Transport):
         self._ledger = Ledger()
 
     def receive(self, order: KVTransferOrder) -> None:
-        self._ledger.note(KVFailure(request_id=order.request_id, reason=self.REASON))
+        Hold(order.request_id, self._ledger, "received").fail(self.REASON, "no_link")
 
     def send(self, order: KVTransferOrder, first_token_id: int | None) -> None:
         if order.target is not None and order.start == order.target.num_cached_tokens:
-            self._ledger.note(KVFailure(request_id=order.request_id, reason=self.REASON))
+            Hold(order.request_id, self._ledger, "sent").fail(self.REASON, "no_link")
 
     def cancel(self, request_id: str) -> None:
         return

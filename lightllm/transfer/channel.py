@@ -80,9 +80,11 @@ class Channel:
             self._sock.settimeout(limit_s)
             self._sock.sendall(data)
         except TimeoutError as error:
-            raise KVTransferError(f"the peer has taken nothing for {limit_s:g} s") from error
+            text = f"the peer has taken nothing for {limit_s:g} s"
+            raise KVTransferError(text, fault="peer_silent") from error
         except OSError as error:
-            raise KVTransferError(f"the peer has closed the connection: {error}") from error
+            text = f"the peer has closed the connection: {error}"
+            raise KVTransferError(text, fault="peer_lost") from error
 
     def receive_into(self, target: np.ndarray, limit_s: float) -> None:
         """Fill a uint8 array with raw bytes."""
@@ -108,14 +110,14 @@ class Channel:
         while view:
             left_s = until_s - time.monotonic()
             if left_s <= 0:
-                raise KVTransferError("the peer has been silent for too long")
+                raise KVTransferError("the peer has been silent for too long", fault="peer_silent")
             try:
                 self._sock.settimeout(left_s)
                 count = self._sock.recv_into(view)
             except TimeoutError:
                 continue
             except OSError as error:
-                raise KVTransferError(f"the connection broke: {error}") from error
+                raise KVTransferError(f"the connection broke: {error}", fault="peer_lost") from error
             if not count:
-                raise KVTransferError("the peer has closed the connection")
+                raise KVTransferError("the peer has closed the connection", fault="peer_lost")
             view = view[count:]

@@ -16,7 +16,7 @@ from lightllm.cluster_link import Acceptor, Hello, LinkBroken, LinkRefused
 from lightllm.errors import BindError, KVTransferError
 from lightllm.messages import KVTransferOrder
 from lightllm.transfer import frames
-from lightllm.transfer.base import Endings, Hold, Ledger, Transport
+from lightllm.transfer.base import Endings, Hold, Ledger, Transport, fault_of
 from lightllm.transfer.channel import Channel
 from lightllm.transfer.frames import Choice, LaneOffer, Opening
 from lightllm.transfer.lane import LaneUnavailable, ReceivingEnd
@@ -58,12 +58,12 @@ class KVLink(Transport):
         _start(self._accept, "kv-link")
 
     def receive(self, order: KVTransferOrder) -> None:
-        hold = Hold(order.request_id, self._ledger)
+        hold = Hold(order.request_id, self._ledger, "received")
         receipt = Receipt(self._node, order, hold)
         with self._changed:
             self._forget_ended()
             if receipt.source.ticket in self._receipts:
-                hold.fail("its ticket is in use for another transfer")
+                hold.fail("its ticket is in use for another transfer", "bad_ticket")
                 return
             self._receipts[receipt.source.ticket] = receipt
             self._changed.notify_all()
@@ -74,7 +74,7 @@ class KVLink(Transport):
         if order.start == order.target.num_cached_tokens:
             with self._changed:
                 self._forget_ended()
-            shipment = Shipment(self._node, order, Hold(order.request_id, self._ledger))
+            shipment = Shipment(self._node, order, Hold(order.request_id, self._ledger, "sent"))
             self._shipments[order.request_id] = shipment
             _start(lambda: self._ship(shipment), "kv-send")
         if shipment is not None:
@@ -84,7 +84,7 @@ class KVLink(Transport):
         with self._changed:
             moving: list[Shipment | Receipt] = [*self._shipments.values(), *self._receipts.values()]
         for transfer in moving:
-            if transfer.hold.request_id == request_id and transfer.hold.fail("cancelled"):
+            if transfer.hold.request_id == request_id and transfer.hold.fail("cancelled", "cancelled"):
                 transfer.interrupt()
 
     def poll(self) -> Endings:
@@ -99,16 +99,15 @@ class KVLink(Transport):
             moving: list[Shipment | Receipt] = [*self._shipments.values(), *self._receipts.values()]
             self._changed.notify_all()
         for transfer in moving:
-            transfer.hold.fail("this node stops")
+            transfer.hold.fail("this node stops", "stopped")
             transfer.interrupt()
         self._node.lanes.close()
 
     # ------------------------------------------------------------ in threads
 
     def _ship(self, shipment: Shipment) -> None:
-        started_s = time.monotonic()
         shipment.run()
-        _log_end("sent", shipment.hold.request_id, shipment.lane, shipment.num_bytes, started_s)
+        _log_end(shipment.hold)
 
     def _accept(self) -> None:
         while not self._is_closed:
@@ -156,16 +155,16 @@ class KVLink(Transport):
         opening = frames.decode(hello.detail, Opening)
         receipt = self._admit(acceptor, hello, opening, channel)
         end = None
-        started_s = time.monotonic()
         try:
             lane, end = self._choose_lane(acceptor, opening.lanes)
+            receipt.hold.lane = lane
             detail = frames.encode(Choice(lane=lane))
             welcome, channel.seal = acceptor.welcome(socket.gethostname(), self._node.epoch, detail)
             channel.send_raw(welcome, limit_s)
             receipt.run(channel, self._node.lanes[lane], end)
-            _log_end("received", receipt.hold.request_id, lane, receipt.num_bytes, started_s)
+            _log_end(receipt.hold)
         except (KVTransferError, LinkBroken, LinkRefused, OSError) as error:
-            receipt.hold.fail(f"receiving KV from {receipt.source.node_id}: {error}")
+            receipt.hold.fail(f"receiving KV from {receipt.source.node_id}: {error}", fault_of(error))
             raise
         finally:
             receipt.hold.fail("receiving KV ended without a result")
@@ -200,7 +199,7 @@ class KVLink(Transport):
             diff = (*diff, f"first position: here {receipt.start}, there {opening.start}")
         if diff:
             text = f"the KV of the two nodes does not fit: {'; '.join(diff)}"
-            receipt.hold.fail(text)
+            receipt.hold.fail(text, "bad_layout")
             raise acceptor.refuse("bad_layout", text, diff)
         return receipt
 
@@ -231,15 +230,14 @@ def _start(target: object, name: str) -> None:
     threading.Thread(target=target, name=name, daemon=True).start()
 
 
-def _log_end(verb: str, request_id: str, lane: str, num_bytes: int, started_s: float) -> None:
-    duration_s = time.monotonic() - started_s
-    rate = num_bytes / max(duration_s, 1e-9) / 1e6
+def _log_end(hold: Hold) -> None:
+    duration_s = time.monotonic() - hold.began_s
     logger.info(
         "KV of %s: %s %d bytes by %s in %.3f s (%.0f MB/s)",
-        request_id,
-        verb,
-        num_bytes,
-        lane or "no lane",
+        hold.request_id,
+        hold.direction,
+        hold.num_bytes,
+        hold.lane or "no lane",
         duration_s,
-        rate,
+        hold.num_bytes / max(duration_s, 1e-9) / 1e6,
     )

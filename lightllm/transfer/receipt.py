@@ -5,6 +5,7 @@ whatever the sender does later.
 """
 
 import threading
+import time
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from lightllm.cluster_link import LinkBroken
 from lightllm.errors import KVTransferError
 from lightllm.messages import KVArrival, KVSource, KVTransferOrder
 from lightllm.transfer import frames
-from lightllm.transfer.base import Hold
+from lightllm.transfer.base import Hold, fault_of
 from lightllm.transfer.channel import Channel
 from lightllm.transfer.frames import Accepted, Ack, Alive, Block, Complete, Rejected
 from lightllm.transfer.lane import Lane, ReceivingEnd
@@ -26,9 +27,6 @@ class Receipt:
     Args:
         order: what to expect, and from whom.
         hold: on the order's slots.
-
-    Attributes:
-        num_bytes: payload received so far.
     """
 
     def __init__(self, node: Node, order: KVTransferOrder, hold: Hold) -> None:
@@ -36,7 +34,6 @@ class Receipt:
         self.hold = hold
         self.source: KVSource = order.source
         self.start = order.start
-        self.num_bytes = 0
         self._node = node
         self._token_ids = order.token_ids
         self._slots = np.array(order.slots, dtype=np.int64)
@@ -52,6 +49,7 @@ class Receipt:
                 return False
             self._is_claimed = True
             self._channel = channel
+            self.hold.began_s = time.monotonic()
             return True
 
     def interrupt(self) -> None:
@@ -78,7 +76,7 @@ class Receipt:
                         continue
         except (KVTransferError, LinkBroken, OSError) as error:
             reason = f"receiving KV from {self.source.node_id}: {error}"
-            self.hold.fail(reason)
+            self.hold.fail(reason, fault_of(error))
             self._tell(channel, reason)
             raise
 
@@ -97,7 +95,7 @@ class Receipt:
         with self.hold.touching():
             end.unpack(self._slots[first:stop])
         self._chunks.append((block.start, block.count))
-        self.num_bytes += size
+        self.hold.num_bytes += size
         channel.send(Ack(), self._node.limits.silence_s)
 
     def _accept(self, channel: Channel, complete: Complete) -> None:
@@ -113,7 +111,8 @@ class Receipt:
         if num_there != len(self._slots):
             wrong.append(f"{num_there} of {len(self._slots)} tokens came")
         if wrong:
-            raise KVTransferError(f"the sender's end does not match: {', '.join(wrong)}")
+            text = f"the sender's end does not match: {', '.join(wrong)}"
+            raise KVTransferError(text, fault="not_accepted")
         arrival = KVArrival(request_id=self.hold.request_id, first_token_id=complete.first_token_id)
         if not self.hold.end(arrival):
             raise KVTransferError("the transfer was given up here")

@@ -19,7 +19,7 @@ from lightllm.cluster_link import Dialer, LinkBroken, LinkRefused
 from lightllm.errors import KVTransferError
 from lightllm.messages import KVLayout, KVTarget, KVTransferOrder
 from lightllm.transfer import frames
-from lightllm.transfer.base import Hold, Limits
+from lightllm.transfer.base import Hold, Limits, fault_of
 from lightllm.transfer.channel import Channel
 from lightllm.transfer.frames import (
     Accepted,
@@ -60,17 +60,11 @@ class Shipment:
     Args:
         first: its first order.
         hold: on the slots of all its orders.
-
-    Attributes:
-        lane: the lane chosen, empty before that.
-        num_bytes: payload sent so far.
     """
 
     def __init__(self, node: Node, first: KVTransferOrder, hold: Hold) -> None:
         assert first.target is not None, "an order to send names its target"
         self.hold = hold
-        self.lane = ""
-        self.num_bytes = 0
         self._node = node
         self._target: KVTarget = first.target
         self._start = first.start
@@ -107,7 +101,7 @@ class Shipment:
             end = self._open(channel, ends)
             while True:
                 order, first_token_id = self._next_order(channel)
-                lane = self._node.lanes[self.lane]
+                lane = self._node.lanes[self.hold.lane]
                 for start, slots in blocks(order.start, order.slots, lane.tokens_per_block):
                     self._ship(channel, end, start, slots)
                 if first_token_id is not None:
@@ -115,13 +109,14 @@ class Shipment:
             self._complete(channel, order, first_token_id)
             self.hold.end(self.hold.request_id)
         except (KVTransferError, LinkBroken, LinkRefused, msgspec.DecodeError, OSError) as error:
-            self.hold.fail(f"sending KV to {self._target.node_id} at {self._target.address}: {error}")
+            reason = f"sending KV to {self._target.node_id} at {self._target.address}: {error}"
+            self.hold.fail(reason, fault_of(error))
         finally:
             self.hold.fail("sending KV ended without a result")
             self._close(ends)
 
     def _ship(self, channel: Channel, end: SendingEnd, start: int, slots: np.ndarray) -> None:
-        index, size = len(self._chunks), len(slots) * self._node.lanes[self.lane].rows.token_bytes
+        index, size = len(self._chunks), len(slots) * self._node.lanes[self.hold.lane].rows.token_bytes
         while self._num_unacknowledged >= WINDOW:
             self._take_ack(channel)
         with self.hold.touching():
@@ -130,7 +125,7 @@ class Shipment:
         end.push(channel, index, size, self._silence_s)
         self._chunks.append((start, len(slots)))
         self._num_unacknowledged += 1
-        self.num_bytes += size
+        self.hold.num_bytes += size
 
     @property
     def _silence_s(self) -> float:
@@ -170,10 +165,11 @@ class Shipment:
         channel.send_raw(dialer.answer(channel.receive_raw(limits.handshake_s)), limits.handshake_s)
         # The receiver may wait for its own order first.
         welcome, channel.seal = dialer.finish(channel.receive_raw(limits.handshake_s + limits.ticket_s))
-        self.lane = frames.decode(welcome.detail, Choice).lane
-        if self.lane not in ends:
-            raise KVTransferError(f"the peer chose lane {self.lane!r}, offered were {', '.join(ends)}")
-        return ends[self.lane]
+        lane = frames.decode(welcome.detail, Choice).lane
+        if lane not in ends:
+            raise LinkBroken(f"the peer chose lane {lane!r}, offered were {', '.join(ends)}")
+        self.hold.lane = lane
+        return ends[lane]
 
     def _next_order(self, channel: Channel) -> tuple[KVTransferOrder, int | None]:
         """Wait for the engine, listen to the peer meanwhile, and let it know that we live."""
@@ -201,7 +197,7 @@ class Shipment:
             case Ack() if self._num_unacknowledged:
                 self._num_unacknowledged -= 1
             case Rejected(reason=reason):
-                raise KVTransferError(f"the receiver gave up: {reason}")
+                raise KVTransferError(f"the receiver gave up: {reason}", fault="not_accepted")
             case other:
                 raise LinkBroken(f"{type(other).__name__} out of turn")
 
@@ -221,7 +217,7 @@ class Shipment:
             case Accepted():
                 return
             case Rejected(reason=reason):
-                raise KVTransferError(f"the receiver does not accept it: {reason}")
+                raise KVTransferError(f"the receiver does not accept it: {reason}", fault="not_accepted")
             case other:
                 raise LinkBroken(f"{type(other).__name__} out of turn")
 

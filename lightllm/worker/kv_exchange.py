@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 class ExchangingRunner(Runner):
     """Runs batches by `runner` and hands their orders to `transport`.
 
+    Behind a step that could not be launched nothing is computed or sent until the engine says that it has
+    heard of it: what followed would build on KV that is not there, and other nodes would cache it.
+
     Attributes:
         runner: if KV really moves, one that has computed a step when its `launch` returns, as on a CPU.
         transport: without one, transfers fail.
@@ -35,9 +38,18 @@ class ExchangingRunner(Runner):
     def __init__(self, runner: Runner) -> None:
         self.runner = runner
         self.transport: Transport = NullTransport()
+        self._has_failed = False
 
     def launch(self, batch: ScheduledBatch) -> LaunchedStep:
         """Compute one step between the orders that it must come behind and those that come behind it."""
+        if self._has_failed and not batch.is_restart:
+            raise RuntimeError("a step before this one has failed")
+        self._has_failed = True
+        step = self._launch(batch)
+        self._has_failed = False
+        return step
+
+    def _launch(self, batch: ScheduledBatch) -> LaunchedStep:
         for request_id in batch.kv_cancels:
             self.transport.cancel(request_id)
         for order in batch.kv_recvs:
@@ -61,6 +73,7 @@ class ExchangingRunner(Runner):
                 kv_received=endings.received,
                 kv_sent=endings.sent,
                 kv_failed=endings.failed,
+                kv_transfers=endings.transfers,
             )
         )
 

@@ -124,6 +124,34 @@ def test_kv_really_moves(cluster: Cluster) -> None:
     events = {node["role"]: [event for event, _ in node["events"]] for node in shown["nodes"]}
     assert events["prefill"] == ["sent", "first token", "handed over"]
     assert events["decode"] == ["sent", "reserved", "finished: length"]
+    own = {node["role"]: node["own"] for node in shown["nodes"] if "own" in node}
+    assert {role: view["state"] for role, view in own.items()} == {
+        "prefill": "finished",
+        "decode": "finished",
+    }
+    names = {role: [name for name, _ in view["events"]] for role, view in own.items()}
+    assert names["prefill"] == ["queued", "prefill_start", "prompt_computed", "kv_sent", "finished"]
+    assert names["decode"] == ["queued", "kv_reserved", "kv_received", "finished"]
+    times = [time_s for view in own.values() for _, time_s in view["events"]]
+    assert all(abs(time.time() - time_s) < 60 for time_s in times)
+
+
+def test_metrics_of_both_nodes_and_the_master_tell_of_transfers(cluster: Cluster) -> None:
+    sent, received = 'direction="sent",transport="shm"', 'direction="received",transport="shm"'
+    p1, d1, master = cluster.servers["p1"], cluster.servers["d1"], cluster.master
+    before = p1.metric("kv_transfer_bytes_total", sent)
+    prompt = " ".join(f"{i} bottles," for i in range(20))
+    tokens = master.generate(prompt, max_new_tokens=6)["prompt_tokens"]
+    moved = p1.metric("kv_transfer_bytes_total", sent) - before
+    assert moved == tokens * 2 * 30 * 3 * 64 * 4  # keys and values, layers, heads, numbers, float32
+    ok = 'transport="shm",outcome="ok"'
+    assert p1.metric("kv_transfers_total", ok) == d1.metric("kv_transfers_total", ok) >= 2
+    assert d1.metric("kv_transfer_bytes_total", received) == before + moved
+    assert p1.metric("kv_transfer_duration_count") == p1.metric("kv_transfers_total", ok)
+    for role, way in (("prefill", sent), ("decode", received)):
+        line = f'role="{role}",{way}}} {before + moved:.0f}\n'
+        master.wait_until(lambda line=line: line in master.client.get("/metrics").text, 4)
+    assert "kv_transfer_failures_total{" not in master.client.get("/metrics").text
 
 
 def test_nodes_serve_operations_only(cluster: Cluster) -> None:

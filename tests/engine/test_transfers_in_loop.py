@@ -4,7 +4,17 @@ from concurrent.futures import Future
 
 from lightllm.engine.core import IDLE_WAIT_S, TRANSFER_WAIT_S, Engine
 from lightllm.engine.executor import Executor
-from lightllm.messages import EngineOutput, EngineRequest, KVReserved, KVSource, RenewLeases
+from lightllm.messages import (
+    AbortRequest,
+    EngineOutput,
+    EngineRequest,
+    Inspect,
+    Inspected,
+    KVReserved,
+    KVSource,
+    KVTransfer,
+    RenewLeases,
+)
 from lightllm.sampling_params import SamplingParams
 from lightllm.scheduler.config import SchedulerConfig
 from lightllm.scheduler.scheduler import Scheduler
@@ -83,10 +93,43 @@ def test_an_engine_that_only_receives_waits_and_asks_and_then_decodes():
         0
     ][1:]
     assert outputs[-1].finish_reason == "length"
+    ended = [
+        one for message in link.sent if isinstance(message, EngineOutput) for one in message.kv_transfers
+    ]
+    assert ended == [KVTransfer(request_id="r", direction="received", transport="fake")]
     while engine.pending:
         engine.step()
     engine.step()
     assert link.waits[-1] == IDLE_WAIT_S
+
+
+def test_a_transfer_that_ends_behind_its_request_is_told_of():
+    executor, link = FakeExecutor(), RecordingLink()
+    engine = Engine(Scheduler(CONFIG, seed=1), executor, link)
+    source = KVSource(node_id="P", epoch=1, ticket="t")
+    link.inbox.append(
+        EngineRequest(request_id="r", prompt_token_ids=PROMPT, sampling_params=PARAMS, recv_kv_from=source)
+    )
+    engine.step()
+    link.inbox.append(AbortRequest(request_id="r"))
+    executor.worker.transport.pace = 1.0
+    for _ in range(5):
+        engine.step()
+    messages = [message for message in link.sent if isinstance(message, EngineOutput)]
+    assert [one.request_id for message in messages for one in message.kv_transfers] == ["r"]
+    assert [output.finish_reason for message in messages for output in message.outputs] == ["abort"]
+
+
+def test_questions_are_answered_between_steps():
+    executor, link = FakeExecutor(), RecordingLink()
+    engine = Engine(Scheduler(CONFIG, seed=1), executor, link)
+    link.inbox += [
+        EngineRequest(request_id="r", prompt_token_ids=PROMPT, sampling_params=PARAMS),
+        Inspect(nonce=5, request_ids=["r", "s"]),
+    ]
+    engine.step()
+    (answer,) = [message for message in link.sent if isinstance(message, Inspected)]
+    assert (answer.nonce, [(view.request_id, view.state) for view in answer.views]) == (5, [("r", "waiting")])
 
 
 def test_a_message_ends_the_wait_of_a_receiving_engine():

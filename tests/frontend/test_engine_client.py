@@ -21,10 +21,13 @@ from lightllm.messages import (
     EngineRequest,
     EngineStats,
     EngineUp,
+    Inspect,
+    Inspected,
     Ping,
     Pong,
     RequestFailure,
     RequestOutput,
+    RequestView,
     ToEngine,
 )
 from lightllm.sampling_params import SamplingParams
@@ -196,6 +199,23 @@ def test_a_busy_engine_has_less_time_and_steps_count_once(tmp_path: Path, monkey
         began = asyncio.get_running_loop().time()
         assert "no answer" in str(await client.find_fault())
         assert asyncio.get_running_loop().time() - began < 1
+
+    run(test, tmp_path)
+
+
+def test_an_engine_is_asked_and_may_be_silent(tmp_path: Path) -> None:
+    async def test(client: EngineClient, end: EngineEnd) -> None:
+        view = RequestView(request_id="a", state="running")
+        asking = asyncio.create_task(client.inspect(["a", "b"], 5))
+        question = await end.receive()
+        assert question == Inspect(nonce=1, request_ids=["a", "b"])
+        for nonce in (7, 1, 1):  # another question's, this one's, once more
+            await end.outbox.send(messages.encode(Inspected(nonce=nonce, views=[view])))
+        assert await asking == [view]
+        assert await client.inspect(["a"], 0.05) is None
+        await end.send()  # the reader is well
+        while client.stats.step_phase != "decode":  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
 
     run(test, tmp_path)
 

@@ -29,6 +29,8 @@ from lightllm.messages import (
     EngineRequest,
     EngineStats,
     EngineUp,
+    Inspect,
+    Inspected,
     KVLayout,
     KVReserved,
     Ping,
@@ -36,6 +38,7 @@ from lightllm.messages import (
     RenewLeases,
     RequestFailure,
     RequestOutput,
+    RequestView,
     TokenLogprobs,
 )
 
@@ -53,7 +56,10 @@ LAYOUT = KVLayout(
 
 
 class NodeOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """How the node behaves; times in seconds. `num_transfers`: so many succeed, the rest fails."""
+    """How the node behaves; times in seconds.
+
+    `num_transfers`: so many succeed, the rest fails. `is_deaf`: its engine answers no questions.
+    """
 
     role: str
     name: str
@@ -68,6 +74,7 @@ class NodeOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     drain_s: float = 5.0
     num_transfers: int = 10**9
     dtype: str = "float32"
+    is_deaf: bool = False
 
 
 def token_of(prompt: list[int], position: int) -> int:
@@ -143,6 +150,18 @@ class FakeEngine:
                 for request_id in request_ids:
                     if request_id in self.work:
                         self.work[request_id].leased_s = time.monotonic()
+            case Inspect(nonce=nonce, request_ids=request_ids) if not self.options.is_deaf:
+                views = [
+                    RequestView(
+                        request_id=name,
+                        state=work.phase,
+                        num_kv_tokens=work.num_slots,
+                        events=[("queued", work.request.arrival_s)],
+                    )
+                    for name, work in self.work.items()
+                    if name in request_ids
+                ]
+                self.link.send(Inspected(nonce=nonce, views=views))
             case Ping(nonce=nonce):
                 self.link.send(Pong(nonce=nonce, stats=self.stats()))
 

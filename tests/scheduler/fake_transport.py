@@ -8,7 +8,7 @@ ordered. A slot freed or reused too early fails here or in the fake worker's own
 import itertools
 import random
 
-from lightllm.messages import KVArrival, KVFailure
+from lightllm.messages import KVArrival, KVFailure, KVTransfer
 
 GARBAGE = "garbage"
 
@@ -32,6 +32,7 @@ class FakeTransport:
         self.cancelled = set()
         self.failed = set()
         self.num_ended = 0
+        self.must_end = False
 
     def hashes(self, token_ids):
         return list(itertools.accumulate(token_ids, self.extend_hash, initial=0))[1:]
@@ -53,20 +54,26 @@ class FakeTransport:
             assert order.slots
             known.append((order, [self.kv[slot] for slot in order.slots]))
         self.cancelled.update(batch.kv_cancels)
+        self.must_end = batch.is_restart
 
     def advance(self):
         """What has ended since the last step: fields of StepOutput."""
         ended = {"kv_received": [], "kv_sent": [], "kv_failed": []}
+        known = {**dict.fromkeys(self.receipts, "received"), **dict.fromkeys(self.shipments, "sent")}
         for request_id in [*self.receipts, *self.shipments]:
-            if self.random.random() >= self.pace:
+            if self.random.random() >= self.pace and not self.must_end:
                 continue
             is_failing = self.random.random() < self.failure_share
+            if self.must_end and self.random.random() < 0.3:
+                self.cancelled.discard(request_id)  # it had come through before
             if request_id in self.receipts:
                 self._receive(request_id, ended, is_failing)
             else:
                 self._send(request_id, ended, is_failing)
         self.num_ended += sum(map(len, ended.values()))
-        return ended
+        gone = known.keys() - self.receipts.keys() - self.shipments.keys()
+        figures = [KVTransfer(request_id=name, direction=known[name], transport="fake") for name in gone]
+        return {**ended, "kv_transfers": figures}
 
     def _receive(self, request_id, ended, is_failing):
         order = self.receipts[request_id]
@@ -86,7 +93,7 @@ class FakeTransport:
         for order, held in orders:
             assert [self.kv[slot] for slot in order.slots] == held, f"{request_id}: overwritten in flight"
         last = orders[-1][0]
-        if request_id in self.cancelled or is_failing:
+        if request_id in self.cancelled or is_failing or (self.must_end and not last.token_ids):
             self._fail(self.shipments, request_id, ended)
         elif last.token_ids:
             sent = [value for _, held in orders for value in held]

@@ -7,7 +7,9 @@ slot mixed up, reused too early or taken from a wrong prefix fails here, in the 
 
 import itertools
 from collections import deque
+from concurrent.futures import Future
 
+from lightllm.engine.recovery import Recovery, StepFailed
 from lightllm.messages import EngineRequest, RequestOutput, ScheduledBatch, StepOutput, TokenLogprobs
 from lightllm.sampling_params import SamplingParams
 from lightllm.scheduler.config import SchedulerConfig
@@ -173,6 +175,7 @@ class Driver:
         self.max_lag = max_lag
         self.now_s = 1000.0
         self.num_steps = 0
+        self.num_failures = 0
         self.batches: list[ScheduledBatch] = []
         self.pending: deque[StepOutput] = deque()
         self.requests: dict[str, EngineRequest] = {}
@@ -210,6 +213,23 @@ class Driver:
             self._take(self.scheduler.update(self.pending.popleft()))
         else:
             assert batch is not None or not self.scheduler.has_work, "there is work, but no way on"
+
+    def fail(self) -> None:
+        """The oldest step in flight raises; what is behind it is lost, too."""
+        self.num_failures += 1
+        self.pending.clear()
+        recovery = Recovery(self, lambda: self.now_s)  # type: ignore[arg-type]
+        recovered = recovery.run(self.scheduler, StepFailed("chance"), self.num_steps)
+        self.scheduler = recovered.scheduler
+        self._take(list(recovered.outputs))
+        assert not self.worker.transport.receipts
+        assert not self.worker.transport.shipments
+
+    def submit(self, batch: ScheduledBatch) -> Future[StepOutput]:
+        """The executor that a recovery computes with."""
+        done: Future[StepOutput] = Future()
+        done.set_result(self.worker.run(batch))
+        return done
 
     def drain(self, max_steps: int = 20_000) -> None:
         """Run everything to its end and check that all is given back."""

@@ -140,6 +140,11 @@ class SchedulerMachine(RuleBasedStateMachine):
     def step_once(self):
         self.driver.step()
 
+    @precondition(lambda self: self.driver.pending)
+    @rule()
+    def fail(self):
+        self.driver.fail()
+
     @rule()
     def drain(self):
         self.driver.drain()

@@ -68,7 +68,7 @@ class End:
             limits=limits,
         )
         self.link = KVLink(self.node, "127.0.0.1", 0)
-        self.endings = Endings([], [], [])
+        self.endings = Endings([], [], [], [])
 
     def kv(self, slots):
         """[2 * layers, n, heads, head_dim] of these slots."""
@@ -77,17 +77,23 @@ class End:
     def wait(self, count=1, limit_s=5.0):
         """Poll until so many transfers have ended; all endings so far."""
         until_s = time.monotonic() + limit_s
-        while sum(map(len, self.endings)) < count:
+        while len(self.endings.transfers) < count:
             assert time.monotonic() < until_s, f"{self.endings} after {limit_s} s"
             for known, new in zip(self.endings, self.link.poll(), strict=True):
                 known += new
             time.sleep(0.001)
+        # One set of figures for each ending.
+        assert sum(map(len, self.endings[:3])) == len(self.endings.transfers)
         return self.endings
 
     def reason(self):
         """Why the one transfer has failed."""
         (failure,) = self.wait().failed
         return failure.reason
+
+    def fault(self, count=1):
+        """The same as a label of metrics, of the last of `count` transfers."""
+        return self.wait(count).transfers[-1].fault
 
 
 class Request:

@@ -53,6 +53,12 @@ def check_arrival(source, target, request):
     assert source.wait().sent == [request.request_id]
     sent = source.kv(request.source_slots[request.start :])
     assert torch.equal(target.kv(request.target_slots), sent)
+    for end, direction in ((source, "sent"), (target, "received")):
+        (figures,) = end.endings.transfers
+        assert (figures.direction, figures.fault) == (direction, "")
+        assert figures.transport == (set(source.node.lanes) & set(target.node.lanes)).pop()
+        assert figures.num_bytes == len(request.target_slots) * end.rows.token_bytes
+        assert 0 < figures.duration_s < 10
 
 
 # ------------------------------------------------------------ what arrives
@@ -111,9 +117,10 @@ def test_after_a_cancelled_receipt_no_byte_lands(pair):
     time.sleep(0.1)
     target.link.cancel("r")
     assert target.wait().failed[0].reason == "cancelled"
+    assert target.fault() == "cancelled"
     before = target.kv(list(range(200)))
     source.link.send(last, 42)
-    assert source.wait().failed
+    assert source.fault() in ("peer_lost", "not_accepted")  # by what it hears first
     assert torch.equal(target.kv(list(range(200))), before)
     target.link.cancel("r")
     assert not any(target.link.poll())
@@ -128,6 +135,10 @@ def test_a_cancelled_shipment_fails_at_once_at_both_ends(pair):
     source.link.cancel("r")
     assert source.wait(limit_s=0.1).failed[0].reason == "cancelled"
     assert "closed the connection" in target.reason()
+    assert (source.fault(), target.fault()) == ("cancelled", "peer_lost")
+    assert [end.endings.transfers[0].num_bytes for end in (source, target)] == [
+        50 * source.rows.token_bytes
+    ] * 2
 
 
 def test_a_later_order_of_a_failed_shipment_means_nothing(pair):
@@ -162,12 +173,14 @@ def test_a_killed_sender_is_noticed_at_once(half_sent):
     target, process, _ = half_sent
     process.send_signal(signal.SIGKILL)
     assert "closed the connection" in target.wait(limit_s=0.5).failed[0].reason
+    assert target.fault() == "peer_lost"
 
 
 def test_a_frozen_sender_is_given_up_and_cannot_write_when_it_wakes(half_sent):
     target, process, request = half_sent
     process.send_signal(signal.SIGSTOP)
     assert "silent for too long" in target.wait(limit_s=2.0).failed[0].reason
+    assert target.fault() == "peer_silent"
     before = target.kv(request.target_slots)
     process.send_signal(signal.SIGCONT)
     time.sleep(0.3)
@@ -183,6 +196,7 @@ def test_a_silent_receiver_is_given_up(lane, make_end):
         address = f"tcp://127.0.0.1:{silent.getsockname()[1]}"
         source.link.send(request.orders(address)[0], 42)
         assert "silent for too long" in source.wait(2).failed[1].reason
+        assert source.fault(2) == "peer_silent"
 
 
 # ------------------------------------------------------------ what does not belong together
@@ -193,6 +207,7 @@ def test_a_wrong_ticket_is_refused_and_the_right_one_still_works(pair):
     target.link.receive(Request().expected())
     ship(source, Request(ticket="another-0123456789"), target)
     assert "no transfer is expected under this ticket" in source.reason()
+    assert source.fault() == "bad_ticket"
     ship(source, Request(), target)
     assert target.wait().received
     ship(source, Request(), target)  # used
@@ -207,6 +222,7 @@ def test_messages_of_a_former_life_are_refused(pair):
     assert "not 71" in source.reason()
     ship(source, Request(), target, epoch=TARGET_EPOCH + 1)
     assert "the node was restarted" in source.wait(2).failed[1].reason
+    assert source.fault(2) == "old_epoch"
     assert not any(target.link.poll())
 
 
@@ -218,6 +234,7 @@ def test_layouts_that_differ_are_shown_at_both_ends(lane, make_end):
     shown = "kv_dtype: here 'float32', there 'bfloat16'"
     assert shown in source.reason()
     assert shown in target.reason()
+    assert (source.fault(), target.fault()) == ("bad_layout", "bad_layout")
 
 
 def test_other_tokens_or_fewer_are_not_accepted(pair):
@@ -227,6 +244,7 @@ def test_other_tokens_or_fewer_are_not_accepted(pair):
     ship(source, request, target)
     assert "does not match: digest" in target.reason()
     assert "does not match: digest" in source.reason()
+    assert (source.fault(), target.fault()) == ("not_accepted", "not_accepted")
 
 
 def test_another_first_position_is_refused(pair):
@@ -243,6 +261,7 @@ def test_without_the_token_nothing_is_sent(lane, make_end):
     target.link.receive(Request().expected())
     ship(source, Request(), target)
     assert "cluster tokens differ" in source.reason()
+    assert source.fault() == "bad_token"
     assert not any(target.link.poll())
 
 
@@ -251,7 +270,8 @@ def test_two_that_have_no_lane_in_common(make_end):
     target.link.receive(Request().expected())
     ship(source, Request(), target)
     assert "no common --kv_transport: tcp: not allowed here" in source.reason()
-    assert target.wait().failed
+    assert (source.fault(), target.fault()) == ("no_lane", "no_lane")
+    assert source.endings.transfers[0].transport == "none"
 
 
 def test_the_first_common_lane_is_taken(make_end):
@@ -332,5 +352,10 @@ def test_a_node_without_a_link_fails_both_ways():
     for order in request.orders("tcp://127.0.0.1:1", 50):
         transport.send(order, 1)
     transport.cancel("r")
-    assert [failure.reason for failure in transport.poll().failed] == [NullTransport.REASON] * 2
+    endings = transport.poll()
+    assert [failure.reason for failure in endings.failed] == [NullTransport.REASON] * 2
+    assert [(t.direction, t.fault) for t in endings.transfers] == [
+        ("received", "no_link"),
+        ("sent", "no_link"),
+    ]
     assert not any(transport.poll())
