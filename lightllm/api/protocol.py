@@ -53,23 +53,50 @@ TURN_AWAY_S = 1.0
 WebSockets = Mapping[bytes, Callable[[WebSocket], None]]
 
 
+class Turns:
+    """Which turn of the event loop it is, for all clients of a server.
+
+    Attributes:
+        began_s: monotonic time of the first frame in this turn, a float of its own for each turn; 0.0 while
+            none has been written.
+        late: clients with frames that wait for the end of the turn.
+    """
+
+    def __init__(self) -> None:
+        self.began_s = 0.0
+        self.late: list[HttpTransport] = []
+
+    def begin(self) -> float:
+        """The first frame of a turn is being written."""
+        self.began_s = time.monotonic()
+        asyncio.get_running_loop().call_soon(self._end)
+        return self.began_s
+
+    def _end(self) -> None:
+        self.began_s = 0.0
+        late, self.late = self.late, []
+        for client in late:
+            client.flush()
+
+
 class HttpTransport:
     """The client of one request on our own protocol; see `transport.ClientTransport`.
 
-    Frames written in one turn of the event loop leave together: a frontend that is behind writes less often.
+    A client's first frame in a turn of the event loop is sent at once, what comes behind it in that turn
+    together at its end: a frontend that is behind writes less often.
     """
 
     def __init__(self, protocol: "LightLLMProtocol", cycle: RequestResponseCycle) -> None:
         self.is_gone = False
         self.fault: LightLLMError | None = None
         self.written_s = time.monotonic()
-        self._loop = protocol.loop
+        self._turns = protocol.turns
         self._transport = protocol.transport
         self._flow = protocol.flow
         self._cycle = cycle
         self._is_chunked = cycle.scope["http_version"] != "1.0"
         self._is_open = False
-        # Written, but not sent yet.
+        # Written before the status line, or behind the first frame of this turn.
         self._frames: list[bytes] = []
         self._callbacks: list[Callable[[], None]] = []
 
@@ -80,22 +107,30 @@ class HttpTransport:
             self._cycle.chunked_encoding = False
             self._cycle.keep_alive = False
         await self._cycle.send({"type": "http.response.start", "status": status, "headers": list(headers)})
-        self._is_open = True
-        self._flush()
+        if not self.is_gone:
+            self._is_open = True
+            self.written_s = time.monotonic()
+            self.flush()
 
     def write(self, data: bytes) -> None:
         """Send one frame of the body; never blocks, cuts off a client that does not read."""
-        self.written_s = time.monotonic()
+        now_s = self._turns.began_s or self._turns.begin()
+        if self._is_open and self.written_s is not now_s:
+            self.written_s = now_s
+            self._send(data)
+            return
         if self._is_open and not self._frames:
-            self._loop.call_soon(self._flush)
+            self._turns.late.append(self)
         self._frames.append(data)
 
-    def _flush(self) -> None:
-        frames = self._frames
-        if not frames or self.is_gone:
-            return
-        data = frames[0] if len(frames) == 1 else b"".join(frames)
-        frames.clear()
+    def flush(self) -> None:
+        """Send all frames that wait, as one chunk."""
+        if self._frames and not self.is_gone:
+            data = b"".join(self._frames)
+            self._frames.clear()
+            self._send(data)
+
+    def _send(self, data: bytes) -> None:
         self._transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._is_chunked else data)
         if self._flow.write_paused and self._transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
             logger.warning("a client does not read its answer: connection cut at %d bytes", MAX_UNSENT_BYTES)
@@ -104,7 +139,7 @@ class HttpTransport:
 
     async def finish(self, *, close: bool = False) -> None:
         """End the body; with `close` the connection too."""
-        self._flush()
+        self.flush()
         if self.is_gone:
             return
         if close:
@@ -136,6 +171,7 @@ class HttpTransport:
         if self.is_gone:
             return
         self.is_gone = True
+        self._is_open = False
         self._cycle.disconnected = True
         self._cycle.message_event.set()
         for callback in self._callbacks:
@@ -145,8 +181,11 @@ class HttpTransport:
 class LightLLMProtocol(HttpToolsProtocol):
     """One client connection."""
 
-    def __init__(self, *args: Any, web_sockets: WebSockets | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, turns: Turns, web_sockets: WebSockets | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
+        self.turns = turns
         self._web_sockets = web_sockets or {}
         self._clients: list[HttpTransport] = []
         self._refusal: LightLLMError | None = None
@@ -400,7 +439,7 @@ def uvicorn_config(
     Args:
         web_sockets: path -> who takes the WebSockets opened there.
     """
-    protocol = functools.partial(LightLLMProtocol, web_sockets=web_sockets)
+    protocol = functools.partial(LightLLMProtocol, turns=Turns(), web_sockets=web_sockets)
     return uvicorn.Config(
         app,
         http=cast(type[asyncio.Protocol], protocol),

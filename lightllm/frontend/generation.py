@@ -139,26 +139,30 @@ class SampleStream:
         for i, token_id in enumerate(ids):
             self.num_tokens += 1
             self.text_offset = detokenizer.num_chars
-            reason = finish_reason if i == last else None
-            if reason == "stop":
-                text = detokenizer.finish(self._print_end(token_id))
+            if finish_reason is not None and i == last:
+                text, reason = self._last_text(token_id, finish_reason)
+                self._end(reason)
             else:
                 text = detokenizer.push(token_id)
                 if detokenizer.matched_stop is not None:
-                    if reason is None:
-                        self._client.abort(self.request_id, "stop")
-                    reason = "stop"
-                elif reason is not None:
-                    text += detokenizer.finish()
-                    # What was held back may complete a stop string when it is flushed.
-                    reason = "stop" if detokenizer.matched_stop is not None else reason
-            if reason is not None:
-                self._end(reason)
+                    self._client.abort(self.request_id, "stop")
+                    self._end("stop")
             self._emit(self, token_id, text, logprobs[i] if logprobs is not None else None)
-            if reason is not None:
+            if self.finish_reason is not None:
                 return
         if finish_reason is not None:
             self.end_without_token(finish_reason)
+
+    def _last_text(self, token_id: int, reason: str) -> tuple[str, str]:
+        """The text that the last token brings, and the reason that the client is told."""
+        detokenizer = self._detokenizer
+        if reason == "stop":
+            return detokenizer.finish(self._print_end(token_id)), reason
+        text = detokenizer.push(token_id)
+        if detokenizer.matched_stop is None:
+            text += detokenizer.finish()
+        # What was held back may complete a stop string when it is flushed.
+        return text, reason if detokenizer.matched_stop is None else "stop"
 
     def end_without_token(self, reason: str) -> None:
         """End this sample now, with the text so far unless it failed; does nothing if it has ended."""

@@ -23,9 +23,13 @@ class Leg:
         kind: p = computes the prompt and ships its KV, d = receives that and decodes, s = all by itself.
         num_tokens: what was promised of the node's KV.
         has_output: a token has come from it.
+        is_streaming: its tokens go straight to the client; nothing else hangs on them any more.
     """
 
-    __slots__ = ("events", "has_output", "kind", "leg_id", "node", "num_tokens", "routed", "state")
+    __slots__ = (
+        *("events", "has_output", "is_streaming", "kind", "leg_id"),
+        *("node", "num_tokens", "routed", "state"),
+    )
 
     def __init__(self, leg_id: str, routed: "RoutedRequest", node: Node, kind: str, num_tokens: int) -> None:
         self.leg_id = leg_id
@@ -34,6 +38,7 @@ class Leg:
         self.kind = kind
         self.num_tokens = num_tokens
         self.has_output = False
+        self.is_streaming = False
         self.state = "new"
         self.events: list[list[Any]] = []
         routed.legs.append(self)
@@ -135,6 +140,19 @@ class RoutedRequest:
         if not self.wait_until_s:
             self.wait_until_s = now + limit_s
             self.note("waits for a node")
+
+    def unbook(self) -> None:
+        """Its prompt is no longer in the queue of the node that was to compute it."""
+        if self.chosen_prefill is not None:
+            self.chosen_prefill.queued_tokens -= self.booked_tokens
+        self.booked_tokens = 0
+
+    def forget_attempt(self) -> None:
+        """Its legs have ended; whatever comes next begins anew behind the client's tokens."""
+        self.unbook()
+        self.chosen_prefill = None
+        self.held.clear()
+        self.has_first = False
 
     def describe(self) -> list[dict[str, Any]]:
         """One entry for the master, one for each leg."""

@@ -276,7 +276,7 @@ class PDRouter:
         routed.wait_until_s = 0.0
         if self.directory.get(prefill.node_id) is not prefill:
             self._abort_leg(leg)
-            self._forget_attempt(routed)
+            routed.forget_attempt()
             self._route(routed)
             return
         routed.prefill = self._legs.new(routed, prefill, "p")
@@ -295,7 +295,14 @@ class PDRouter:
         legs = self._legs
         for output in outputs:
             leg = legs.get(output.request_id)
-            if leg is not None and leg.node is node:  # else it was aborted in the meantime
+            if leg is None or leg.node is not node:
+                continue  # it was aborted in the meantime
+            if leg.is_streaming and output.finish_reason is None:
+                routed = leg.routed
+                routed.tokens += output.new_token_ids
+                if not hand_over(routed.sink, output):
+                    self._fail_internally(routed)
+            else:
                 self._take(leg, output)
 
     def _take(self, leg: Leg, output: RequestOutput) -> None:
@@ -314,6 +321,7 @@ class PDRouter:
             self._deliver(routed, output)
             if routed.is_new:
                 self._first_decoded(routed)
+            leg.is_streaming = True
         else:
             routed.held.append(output)
 
@@ -330,7 +338,7 @@ class PDRouter:
         routed = leg.routed
         if not output.new_token_ids:
             return
-        self._unbook(routed)
+        routed.unbook()
         leg.has_output = True
         leg.note("first token")
         routed.has_first = True
@@ -353,14 +361,7 @@ class PDRouter:
         if output.finish_reason == "handed_over":
             leg.note("handed over")
             if output.new_token_ids:
-                plain = RequestOutput(
-                    request_id=output.request_id,
-                    new_token_ids=output.new_token_ids,
-                    logprobs=output.logprobs,
-                    prompt_logprobs=output.prompt_logprobs,
-                    num_cached_tokens=output.num_cached_tokens,
-                    queue_s=output.queue_s,
-                )
+                plain = msgspec.structs.replace(output, finish_reason=None)
                 self._prefilled(leg, plain)
             self._legs.drop(leg)
             return
@@ -376,7 +377,10 @@ class PDRouter:
 
     def _deliver(self, routed: RoutedRequest, output: RequestOutput) -> None:
         if not hand_over(routed.sink, output):
-            self._fail(routed, "internal", "the answer could not be processed")
+            self._fail_internally(routed)
+
+    def _fail_internally(self, routed: RoutedRequest) -> None:
+        self._fail(routed, "internal", "the answer could not be processed")
 
     # ------------------------------------------------------------ when something fails
 
@@ -392,7 +396,7 @@ class PDRouter:
         other = routed.prefill if is_decode else routed.decode
         if other is not None:
             self._abort_leg(other)
-        self._forget_attempt(routed)
+        routed.forget_attempt()
         routed.last_failure = RequestFailure(code=code, message=message)
         if routed.is_pinned:
             self._fail(routed, code, message)
@@ -413,17 +417,6 @@ class PDRouter:
         else:
             self._route(routed)
 
-    def _forget_attempt(self, routed: RoutedRequest) -> None:
-        self._unbook(routed)
-        routed.chosen_prefill = None
-        routed.held.clear()
-        routed.has_first = False
-
-    def _unbook(self, routed: RoutedRequest) -> None:
-        if routed.chosen_prefill is not None:
-            routed.chosen_prefill.queued_tokens -= routed.booked_tokens
-        routed.booked_tokens = 0
-
     def _abort_leg(self, leg: Leg, reason: str = "abort") -> None:
         leg.node.send(AbortRequest(request_id=leg.leg_id, reason=reason))
         leg.note("aborted")
@@ -434,7 +427,7 @@ class PDRouter:
         request_id = routed.request.request_id
         if self._requests.pop(request_id, None) is None:
             return
-        self._unbook(routed)
+        routed.unbook()
         for leg in (routed.prefill, routed.decode):
             if leg is not None:
                 self._abort_leg(leg, reason)

@@ -28,7 +28,7 @@ def test_frames_are_chunks_and_the_connection_lives_on() -> None:
     run(test)
 
 
-def test_frames_of_one_turn_leave_in_one_chunk() -> None:
+def test_the_first_frame_of_a_turn_leaves_at_once_and_the_others_in_one_chunk() -> None:
     async def test(context, connect) -> None:
         submitted = []
         context.engine.submit = lambda request, sink: submitted.append((request, sink))
@@ -48,15 +48,18 @@ def test_frames_of_one_turn_leave_in_one_chunk() -> None:
                     )
                 )
 
-        chunks = []
-        for text, reason in ((b"ab", None), (b"c", None), (b"defg", "length")):
-            put(text, reason)
-            if not chunks:
-                await wire.reader.readuntil(b"\r\n\r\n")
+        async def chunk() -> list[str]:
             size = int(await wire.reader.readline(), 16)
             frames = (await wire.reader.readexactly(size + 2)).removesuffix(b"\n\n\r\n").split(b"\n\n")
-            chunks.append([json.loads(frame.removeprefix(b"data:"))["token"]["text"] for frame in frames])
-        assert chunks == [["a", "b"], ["c"], ["d", "e", "f", "g"]]
+            return [json.loads(frame.removeprefix(b"data:"))["token"]["text"] for frame in frames]
+
+        put(b"ab")  # before the status line: both wait for it
+        await wire.reader.readuntil(b"\r\n\r\n")
+        chunks = [await chunk()]
+        for text, reason, count in ((b"c", None, 1), (b"defg", "length", 2)):
+            put(text, reason)
+            chunks += [await chunk() for _ in range(count)]
+        assert chunks == [["a", "b"], ["c"], ["d"], ["e", "f", "g"]]
         assert await wire.reader.readline() == b"0\r\n"
 
     run(test)
