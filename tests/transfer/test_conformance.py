@@ -56,8 +56,8 @@ def check_arrival(source, target, request):
     for end, direction in ((source, "sent"), (target, "received")):
         (figures,) = end.endings.transfers
         assert (figures.direction, figures.fault) == (direction, "")
-        assert figures.transport == (set(source.node.lanes) & set(target.node.lanes)).pop()
-        assert figures.num_bytes == len(request.target_slots) * end.rows.token_bytes
+        assert figures.transport == (set(source.node.lanes.names) & set(target.node.lanes.names)).pop()
+        assert figures.num_bytes == sent.nbytes
         assert 0 < figures.duration_s < 10
 
 
@@ -136,9 +136,8 @@ def test_a_cancelled_shipment_fails_at_once_at_both_ends(pair):
     assert source.wait(limit_s=0.1).failed[0].reason == "cancelled"
     assert "closed the connection" in target.reason()
     assert (source.fault(), target.fault()) == ("cancelled", "peer_lost")
-    assert [end.endings.transfers[0].num_bytes for end in (source, target)] == [
-        50 * source.rows.token_bytes
-    ] * 2
+    num_bytes = source.kv(range(50)).nbytes
+    assert [end.endings.transfers[0].num_bytes for end in (source, target)] == [num_bytes] * 2
 
 
 def test_a_later_order_of_a_failed_shipment_means_nothing(pair):
