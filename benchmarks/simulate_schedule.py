@@ -3,7 +3,7 @@
     python benchmarks/simulate_schedule.py [--load 100,500,1024,128] [--set batch_max_tokens=2048]
 
 A load is clients, requests, prompt tokens, output tokens; `~` before the last number draws it per request
-from a normal distribution as wide as its mean, as the loads of docs/performance.md do. The clock is simulated:
+from a normal distribution as wide as its mean, as in docs/performance.md. The clock is simulated:
 steps are scheduled one ahead of the device, as the engine does it, and take as long as `StepTimes` says.
 Prints one JSON object per load. The defaults are those of Llama-2-7B in bfloat16 on one H100.
 """
