@@ -22,6 +22,7 @@ from machine import describe_run
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from lightllm.device.base import PastMoment
 from lightllm.device.kv_pool import KVPool
 from lightllm.messages import KVLayout, KVSource, KVTarget, KVTransferOrder
 from lightllm.model_config import ModelConfig
@@ -115,7 +116,7 @@ def receive(lane: str) -> None:
             token_ids=[0] * int(count),
             source=KVSource(node_id="", epoch=1, ticket=ticket),
         )
-        link.receive(order)
+        link.receive(order, PastMoment())
         print("expected", flush=True)
         while not any(link.poll()):
             time.sleep(POLL_S)
@@ -140,7 +141,8 @@ def measure(lane: str, repeat: int) -> list[dict[str, object]]:
                 peer.stdin.flush()
                 assert peer.stdout.readline() == "expected\n"
                 started_s = time.monotonic()
-                link.send(order(ticket, count, is_scattered, address), 0)
+                link.send(order(ticket, count, is_scattered, address), PastMoment())
+                link.complete(ticket, 0)
                 while not any(endings := link.poll()):
                     time.sleep(0.0002)
                 ended_s = time.monotonic()

@@ -29,6 +29,21 @@ class Download(ABC):
         """Wait for them; blocks only the calling thread and leaves Python's lock free meanwhile."""
 
 
+class Moment(ABC):
+    """A point in the order of a device's work: behind all that was called for until it was marked."""
+
+    @abstractmethod
+    def wait(self) -> None:
+        """Wait until the device is past it; blocks only the calling thread, which may be any."""
+
+
+class PastMoment(Moment):
+    """One that the device is past already."""
+
+    def wait(self) -> None:
+        return
+
+
 class Device(ABC):
     """One device.
 
@@ -87,6 +102,10 @@ class Device(ABC):
     @abstractmethod
     def download(self, *tensors: Tensor) -> Download:
         """Start to fetch tensors, in order with the work before; the tensors may be reused at once."""
+
+    @abstractmethod
+    def mark(self) -> Moment:
+        """Mark this moment; never waits for the device."""
 
     @abstractmethod
     def synchronize(self) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightllm.device.base import Device, Download
+from lightllm.device.base import Device, Download, Moment, PastMoment
 
 CGROUP = Path("/sys/fs/cgroup")
 CPUINFO = Path("/proc/cpuinfo")
@@ -173,6 +173,9 @@ class CpuDevice(Device):
 
     def download(self, *tensors: Tensor) -> Download:
         return Fetched(tensors)
+
+    def mark(self) -> Moment:
+        return PastMoment()
 
     def synchronize(self) -> None:
         return

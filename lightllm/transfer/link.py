@@ -13,6 +13,7 @@ import time
 import msgspec
 
 from lightllm.cluster_link import Acceptor, Hello, LinkBroken, LinkRefused
+from lightllm.device.base import Moment
 from lightllm.errors import BindError, KVTransferError
 from lightllm.messages import KVTransferOrder
 from lightllm.transfer import frames
@@ -57,9 +58,9 @@ class KVLink(Transport):
         self.address = f"tcp://{shown}:{self._listener.getsockname()[1]}"
         _start(self._accept, "kv-link")
 
-    def receive(self, order: KVTransferOrder) -> None:
+    def receive(self, order: KVTransferOrder, free: Moment) -> None:
         hold = Hold(order.request_id, self._ledger)
-        receipt = Receipt(self._node, order, hold)
+        receipt = Receipt(self._node, order, hold, free)
         with self._changed:
             self._forget_ended()
             if receipt.source.ticket in self._receipts:
@@ -68,17 +69,22 @@ class KVLink(Transport):
             self._receipts[receipt.source.ticket] = receipt
             self._changed.notify_all()
 
-    def send(self, order: KVTransferOrder, first_token_id: int | None) -> None:
-        shipment = self._shipments.get(order.request_id)
+    def send(self, order: KVTransferOrder, written: Moment) -> None:
+        shipment = self._shipment(order.request_id)
         assert order.target is not None, "an order to send names its target"
         if order.start == order.target.num_cached_tokens:
             with self._changed:
                 self._forget_ended()
-            shipment = Shipment(self._node, order, Hold(order.request_id, self._ledger))
-            self._shipments[order.request_id] = shipment
+                shipment = Shipment(self._node, order, Hold(order.request_id, self._ledger))
+                self._shipments[order.request_id] = shipment
             _start(lambda: self._ship(shipment), "kv-send")
         if shipment is not None:
-            shipment.add(order, first_token_id)
+            shipment.add(order, written)
+
+    def complete(self, request_id: str, first_token_id: int) -> None:
+        shipment = self._shipment(request_id)
+        if shipment is not None:
+            shipment.complete(first_token_id)
 
     def cancel(self, request_id: str) -> None:
         with self._changed:
@@ -217,6 +223,10 @@ class KVLink(Transport):
                 reasons.append(f"{offer.name}: {error}")
         text = "no common --kv_transport"
         raise acceptor.refuse("no_lane", f"{text}: {'; '.join(reasons)}", tuple(reasons))
+
+    def _shipment(self, request_id: str) -> Shipment | None:
+        with self._changed:
+            return self._shipments.get(request_id)
 
     def _forget_ended(self) -> None:
         """Drop transfers that have ended; holds the condition's lock."""

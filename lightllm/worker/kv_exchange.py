@@ -1,20 +1,23 @@
 """ExchangingRunner: a runner whose batches also carry orders for a KV transport; and how that is opened.
 
 Keeps the order that makes slots safe: KV may land, or leave, only once all steps are computed that were
-scheduled before, because these may still use the same slots. Runs in the worker's thread.
+scheduled before, because these may still use the same slots. On a device that runs behind the calls the
+transport waits for that, not the worker's thread, in which this runs.
 """
 
 import logging
+from functools import partial
 
 import msgspec
 
 from lightllm.cluster_link import cluster_token
 from lightllm.config import Config
+from lightllm.device.base import Device
 from lightllm.errors import ConfigError
-from lightllm.messages import EngineInfo, KVLayout, ScheduledBatch
+from lightllm.messages import EngineInfo, KVLayout, ScheduledBatch, StepOutput
 from lightllm.model_config import ModelConfig
 from lightllm.transfer import LANES
-from lightllm.transfer.base import Limits, NullTransport, Transport
+from lightllm.transfer.base import Endings, Limits, NullTransport, Transport
 from lightllm.transfer.lane import open_lanes
 from lightllm.transfer.link import KVLink
 from lightllm.transfer.plan import HostRows
@@ -28,40 +31,41 @@ class ExchangingRunner(Runner):
     """Runs batches by `runner` and hands their orders to `transport`.
 
     Attributes:
-        runner: if KV really moves, one that has computed a step when its `launch` returns, as on a CPU.
         transport: without one, transfers fail.
     """
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(self, runner: Runner, device: Device) -> None:
         self.runner = runner
+        self.device = device
         self.transport: Transport = NullTransport()
 
     def launch(self, batch: ScheduledBatch) -> LaunchedStep:
-        """Compute one step between the orders that it must come behind and those that come behind it."""
+        """Launch one step between the orders that it must come behind and those that come behind it."""
         for request_id in batch.kv_cancels:
             self.transport.cancel(request_id)
-        for order in batch.kv_recvs:
-            self.transport.receive(order)
+        if batch.kv_recvs:
+            free = self.device.mark()
+            for order in batch.kv_recvs:
+                self.transport.receive(order, free)
         step = self.runner.launch(batch)
         if batch.kv_sends:
-            output = step.result()
-            step = LaunchedStep(lambda: output)
+            written = self.device.mark()
             for order in batch.kv_sends:
-                first_token_id = None
-                if order.token_ids:
-                    (first_token_id,) = output.token_ids[batch.rows.index(order.row)]
-                self.transport.send(order, first_token_id)
+                self.transport.send(order, written)
         endings = self.transport.poll()
-        if not any(endings):
+        if not batch.kv_sends and not any(endings):
             return step
-        launched = step
-        return LaunchedStep(
-            lambda: msgspec.structs.replace(
-                launched.result(),
-                kv_received=endings.received,
-                kv_sent=endings.sent,
-                kv_failed=endings.failed,
-            )
+        return LaunchedStep(partial(self._collect, step, batch, endings))
+
+    def _collect(self, step: LaunchedStep, batch: ScheduledBatch, endings: Endings) -> StepOutput:
+        """Take the result of a step; the KV that led to its tokens may be on its way already."""
+        output = step.result()
+        for order in batch.kv_sends:
+            if order.token_ids:
+                (first_token_id,) = output.token_ids[batch.rows.index(order.row)]
+                self.transport.complete(order.request_id, first_token_id)
+        return msgspec.structs.replace(
+            output, kv_received=endings.received, kv_sent=endings.sent, kv_failed=endings.failed
         )
 
 

@@ -11,6 +11,7 @@ import time
 import numpy as np
 import torch
 
+from lightllm.device.base import PastMoment
 from lightllm.device.kv_pool import KVPool
 from lightllm.messages import KVLayout, KVSource, KVTarget, KVTransferOrder
 from lightllm.model_config import ModelConfig
@@ -25,6 +26,7 @@ TICKET = "ticket-0123456789"
 SOURCE_EPOCH, TARGET_EPOCH = 71, 72
 NUM_SLOTS = 200
 BLOCK_BYTES = 4096
+PAST = PastMoment()
 LIMITS = Limits(handshake_s=2.0, silence_s=1.0, alive_s=0.2, ticket_s=0.5)
 MODEL = ModelConfig.from_hf(
     {
@@ -73,6 +75,15 @@ class End:
     def kv(self, slots):
         """[2 * layers, n, heads, head_dim] of these slots."""
         return torch.stack([tensor[slots] for tensor in (*self.pool.k, *self.pool.v)])
+
+    def send(self, order, first_token_id=None, written=PAST):
+        """Send an order, and the first token with the last one."""
+        self.link.send(order, written)
+        if first_token_id is not None:
+            self.link.complete(order.request_id, first_token_id)
+
+    def receive(self, order, free=PAST):
+        self.link.receive(order, free)
 
     def wait(self, count=1, limit_s=5.0):
         """Poll until so many transfers have ended; all endings so far."""
@@ -136,7 +147,7 @@ def _fields(order):
 def main() -> None:
     lane, address, epoch = sys.argv[1:]
     end = End((lane,), epoch=SOURCE_EPOCH, seed=1)
-    end.link.send(Request().orders(address, 50, epoch=int(epoch))[0], None)
+    end.send(Request().orders(address, 50, epoch=int(epoch))[0])
     sys.stdin.read()
     os._exit(0)
 

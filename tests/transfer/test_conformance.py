@@ -6,12 +6,14 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 
 import msgspec
 import pytest
 import torch
 
+from lightllm.device.base import Moment, PastMoment
 from lightllm.transfer import LANES
 from lightllm.transfer.base import NullTransport
 from tests.transfer.nodes import LAYOUT, SOURCE_EPOCH, TARGET_EPOCH, TOKEN, End, Request
@@ -43,8 +45,8 @@ def pair(lane, make_end):
 def ship(source, request, target, *cuts, **fields):
     *orders, last = request.orders(target.link.address, *cuts, **fields)
     for order in orders:
-        source.link.send(order, None)
-    source.link.send(last, 42)
+        source.send(order)
+    source.send(last, 42)
 
 
 def check_arrival(source, target, request):
@@ -65,7 +67,7 @@ def test_all_bytes_arrive_in_their_slots_and_no_others_change(pair, num_tokens, 
     request = Request(num_tokens, start)
     others = sorted(set(range(200)) - set(request.target_slots))
     before = target.kv(others)
-    target.link.receive(request.expected())
+    target.receive(request.expected())
     ship(source, request, target, *(cut for cut in cuts if start < cut < num_tokens))
     check_arrival(source, target, request)
     assert torch.equal(target.kv(others), before)
@@ -75,12 +77,12 @@ def test_a_sender_may_come_before_its_order_and_may_take_its_time(pair):
     source, target = pair
     request = Request()
     first, last = request.orders(target.link.address, 50)
-    source.link.send(first, None)
+    source.send(first)
     time.sleep(0.2)
-    target.link.receive(request.expected())
+    target.receive(request.expected())
     time.sleep(1.3)  # longer than a peer may be silent: it says that it lives
     assert not any(source.link.poll())
-    source.link.send(last, 42)
+    source.send(last, 42)
     check_arrival(source, target, request)
 
 
@@ -89,7 +91,7 @@ def test_many_at_once_do_not_mix(pair):
     requests = [Request(20 + i, 0, f"r{i}", f"ticket-{i:010}") for i in range(6)]
     for i, request in enumerate(requests):  # slots of their own
         request.target_slots = list(range(1 + 30 * i, 1 + 30 * i + 20 + i))
-        target.link.receive(request.expected())
+        target.receive(request.expected())
     for request in requests:
         ship(source, request, target, 10)
     target.wait(len(requests))
@@ -99,20 +101,94 @@ def test_many_at_once_do_not_mix(pair):
         assert torch.equal(target.kv(request.target_slots), source.kv(request.source_slots))
 
 
+# ------------------------------------------------------------ devices that run behind the calls
+
+
+class Gate(Moment):
+    """A moment that the device reaches when the test says so."""
+
+    def __init__(self):
+        self.is_past = threading.Event()
+
+    def wait(self):
+        assert self.is_past.wait(10)
+
+
+def test_kv_leaves_only_once_its_step_is_computed(pair):
+    source, target = pair
+    request, gate = Request(), Gate()
+    target.receive(request.expected())
+    first, last = request.orders(target.link.address, 50)
+    source.send(first)
+    source.send(last, 42, written=gate)
+    time.sleep(0.1)
+    computed = request.source_slots[50:]
+    for tensor in (*source.pool.k, *source.pool.v):
+        tensor[computed] += 1
+    gate.is_past.set()
+    check_arrival(source, target, request)
+
+
+def test_slots_are_written_only_once_earlier_steps_are_done_with_them(pair):
+    source, target = pair
+    request, gate = Request(), Gate()
+    before = target.kv(request.target_slots)
+    target.receive(request.expected(), free=gate)
+    ship(source, request, target)
+    time.sleep(0.1)
+    assert torch.equal(target.kv(request.target_slots), before)
+    assert not any(target.link.poll())
+    gate.is_past.set()
+    check_arrival(source, target, request)
+
+
+def test_all_kv_leaves_before_the_first_token_is_known(pair):
+    source, target = pair
+    request = Request()
+    target.receive(request.expected())
+    (order,) = request.orders(target.link.address)
+    source.send(order)
+    until_s = time.monotonic() + 5
+    while not torch.equal(target.kv(request.target_slots), source.kv(request.source_slots)):
+        assert time.monotonic() < until_s
+        time.sleep(0.01)
+    time.sleep(1.3)  # longer than a peer may be silent
+    assert not any(target.link.poll())
+    source.link.complete("r", 42)
+    check_arrival(source, target, request)
+
+
+@pytest.mark.parametrize("end", ["source", "target"])
+def test_a_cancelled_transfer_ends_while_the_device_is_busy(pair, end):
+    source, target = pair
+    request, gate = Request(), Gate()
+    target.receive(request.expected(), free=gate if end == "target" else PastMoment())
+    (order,) = request.orders(target.link.address)
+    source.send(order, 42, written=gate if end == "source" else PastMoment())
+    time.sleep(0.1)
+    {"source": source, "target": target}[end].link.cancel("r")
+    assert {"source": source, "target": target}[end].wait(limit_s=0.1).failed[0].reason == "cancelled"
+    before = target.kv(list(range(200)))
+    gate.is_past.set()
+    source.wait()
+    target.wait()
+    assert torch.equal(target.kv(list(range(200))), before)
+
+
 # ------------------------------------------------------------ ends
 
 
 def test_after_a_cancelled_receipt_no_byte_lands(pair):
     source, target = pair
     request = Request()
-    target.link.receive(request.expected())
+    target.receive(request.expected())
     first, last = request.orders(target.link.address, 50)
-    source.link.send(first, None)
+    source.send(first)
     time.sleep(0.1)
     target.link.cancel("r")
     assert target.wait().failed[0].reason == "cancelled"
     before = target.kv(list(range(200)))
-    source.link.send(last, 42)
+    source.send(last, 42)
     assert source.wait().failed
     assert torch.equal(target.kv(list(range(200))), before)
     target.link.cancel("r")
@@ -122,8 +198,8 @@ def test_after_a_cancelled_receipt_no_byte_lands(pair):
 def test_a_cancelled_shipment_fails_at_once_at_both_ends(pair):
     source, target = pair
     request = Request()
-    target.link.receive(request.expected())
-    source.link.send(request.orders(target.link.address, 50)[0], None)
+    target.receive(request.expected())
+    source.send(request.orders(target.link.address, 50)[0])
     time.sleep(0.1)
     source.link.cancel("r")
     assert source.wait(limit_s=0.1).failed[0].reason == "cancelled"
@@ -133,9 +209,9 @@ def test_a_cancelled_shipment_fails_at_once_at_both_ends(pair):
 def test_a_later_order_of_a_failed_shipment_means_nothing(pair):
     source, target = pair
     first, last = Request().orders(target.link.address, 50)
-    source.link.send(first, None)  # nobody expects it
+    source.send(first)  # nobody expects it
     assert "no transfer is expected" in source.reason()
-    source.link.send(last, 42)
+    source.send(last, 42)
     time.sleep(0.05)
     assert not any(source.link.poll())
 
@@ -145,7 +221,7 @@ def half_sent(lane, make_end):
     """A receiver that has got half of a request from a process, and that process."""
     target = make_end((lane,), TARGET_EPOCH)
     request = Request()
-    target.link.receive(request.expected())
+    target.receive(request.expected())
     command = [sys.executable, "-m", "tests.transfer.nodes", lane, target.link.address, str(TARGET_EPOCH)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE)
     before = target.kv(request.target_slots)
@@ -181,7 +257,7 @@ def test_a_silent_receiver_is_given_up(lane, make_end):
         assert "not 1" in source.reason()
         request = Request(request_id="other")
         address = f"tcp://127.0.0.1:{silent.getsockname()[1]}"
-        source.link.send(request.orders(address)[0], 42)
+        source.send(request.orders(address)[0], 42)
         assert "silent for too long" in source.wait(2).failed[1].reason
 
 
@@ -190,7 +266,7 @@ def test_a_silent_receiver_is_given_up(lane, make_end):
 
 def test_a_wrong_ticket_is_refused_and_the_right_one_still_works(pair):
     source, target = pair
-    target.link.receive(Request().expected())
+    target.receive(Request().expected())
     ship(source, Request(ticket="another-0123456789"), target)
     assert "no transfer is expected under this ticket" in source.reason()
     ship(source, Request(), target)
@@ -202,7 +278,7 @@ def test_a_wrong_ticket_is_refused_and_the_right_one_still_works(pair):
 
 def test_messages_of_a_former_life_are_refused(pair):
     source, target = pair
-    target.link.receive(Request().expected(epoch=SOURCE_EPOCH + 1))
+    target.receive(Request().expected(epoch=SOURCE_EPOCH + 1))
     ship(source, Request(), target)
     assert "not 71" in source.reason()
     ship(source, Request(), target, epoch=TARGET_EPOCH + 1)
@@ -213,7 +289,7 @@ def test_messages_of_a_former_life_are_refused(pair):
 def test_layouts_that_differ_are_shown_at_both_ends(lane, make_end):
     source = make_end((lane,), SOURCE_EPOCH, layout=msgspec.structs.replace(LAYOUT, kv_dtype="bfloat16"))
     target = make_end((lane,), TARGET_EPOCH)
-    target.link.receive(Request().expected())
+    target.receive(Request().expected())
     ship(source, Request(), target)
     shown = "kv_dtype: here 'float32', there 'bfloat16'"
     assert shown in source.reason()
@@ -223,7 +299,7 @@ def test_layouts_that_differ_are_shown_at_both_ends(lane, make_end):
 def test_other_tokens_or_fewer_are_not_accepted(pair):
     source, target = pair
     request = Request()
-    target.link.receive(request.expected(token_ids=[*request.token_ids[:-1], 98]))
+    target.receive(request.expected(token_ids=[*request.token_ids[:-1], 98]))
     ship(source, request, target)
     assert "does not match: digest" in target.reason()
     assert "does not match: digest" in source.reason()
@@ -231,7 +307,7 @@ def test_other_tokens_or_fewer_are_not_accepted(pair):
 
 def test_another_first_position_is_refused(pair):
     source, target = pair
-    target.link.receive(Request(100, 10).expected())
+    target.receive(Request(100, 10).expected())
     ship(source, Request(100, 9), target)
     assert "first position: here 10, there 9" in target.reason()
     assert source.wait().failed
@@ -240,7 +316,7 @@ def test_another_first_position_is_refused(pair):
 def test_without_the_token_nothing_is_sent(lane, make_end):
     source = make_end((lane,), SOURCE_EPOCH, token=TOKEN[::-1])
     target = make_end((lane,), TARGET_EPOCH)
-    target.link.receive(Request().expected())
+    target.receive(Request().expected())
     ship(source, Request(), target)
     assert "cluster tokens differ" in source.reason()
     assert not any(target.link.poll())
@@ -248,7 +324,7 @@ def test_without_the_token_nothing_is_sent(lane, make_end):
 
 def test_two_that_have_no_lane_in_common(make_end):
     source, target = make_end(("tcp",), SOURCE_EPOCH), make_end(("shm",), TARGET_EPOCH)
-    target.link.receive(Request().expected())
+    target.receive(Request().expected())
     ship(source, Request(), target)
     assert "no common --kv_transport: tcp: not allowed here" in source.reason()
     assert target.wait().failed
@@ -257,7 +333,7 @@ def test_two_that_have_no_lane_in_common(make_end):
 def test_the_first_common_lane_is_taken(make_end):
     source, target = make_end(("shm", "tcp"), SOURCE_EPOCH), make_end(("tcp",), TARGET_EPOCH)
     request = Request()
-    target.link.receive(request.expected())
+    target.receive(request.expected())
     ship(source, request, target)
     check_arrival(source, target, request)
 
@@ -291,7 +367,7 @@ def test_strangers_are_turned_away_and_harm_nobody(make_end, data):
             raise
         except OSError:
             pass  # the link hung up in the middle of it
-    target.link.receive(Request().expected())
+    target.receive(Request().expected())
     ship(source, Request(), target)
     check_arrival(source, target, Request())
 
@@ -303,7 +379,7 @@ def test_a_thousand_connections_that_reset_leave_nothing(make_end):
         stranger = socket.create_connection((host, int(port)))
         stranger.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         stranger.close()
-    target.link.receive(Request().expected())
+    target.receive(Request().expected())
     ship(source, Request(), target)
     check_arrival(source, target, Request())
     until_s = time.monotonic() + 5
@@ -317,7 +393,7 @@ def test_no_file_is_left_open(pair):
     before = None
     for i in range(4):
         request = Request(50, 0, f"r{i}", f"ticket-{i:010}")
-        target.link.receive(request.expected())
+        target.receive(request.expected())
         ship(source, request, target, 20)
         target.wait(i + 1)
         source.wait(i + 1)
@@ -328,9 +404,10 @@ def test_no_file_is_left_open(pair):
 
 def test_a_node_without_a_link_fails_both_ways():
     transport, request = NullTransport(), Request()
-    transport.receive(request.expected())
+    transport.receive(request.expected(), PastMoment())
     for order in request.orders("tcp://127.0.0.1:1", 50):
-        transport.send(order, 1)
+        transport.send(order, PastMoment())
+    transport.complete("r", 1)
     transport.cancel("r")
     assert [failure.reason for failure in transport.poll().failed] == [NullTransport.REASON] * 2
     assert not any(transport.poll())
