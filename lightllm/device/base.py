@@ -8,6 +8,7 @@ Runs in the worker.
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from types import MappingProxyType
 from typing import Any, ClassVar, cast
 
@@ -102,6 +103,25 @@ class Device(ABC):
     @abstractmethod
     def download(self, *tensors: Tensor) -> Download:
         """Start to fetch tensors, in order with the work before; the tensors may be reused at once."""
+
+    @abstractmethod
+    def side_queue(self) -> AbstractContextManager[object]:
+        """Make a queue of work beside the one of steps: inside it, calls are in order with each other only.
+
+        Can be entered again and again, by any thread, but by one at a time.
+        """
+
+    @abstractmethod
+    def pin(self, memory: Tensor) -> None:
+        """Make memory of the host that is not torch's own fast to copy from and to, until `unpin`.
+
+        Raises:
+            OSError: the system does not allow it.
+        """
+
+    @abstractmethod
+    def unpin(self, memory: Tensor) -> None:
+        """Undo `pin`; no copy is on its way."""
 
     @abstractmethod
     def mark(self) -> Moment:

@@ -1,9 +1,10 @@
 """CudaDevice: one of the visible NVIDIA GPUs.
 
-Everything runs on one stream, so that work is done in the order of the calls; the host runs ahead and waits
-only in `Download.result`. Runs in the worker.
+All steps run on one stream, so that work is done in the order of the calls; the host runs ahead and waits
+only in `Download.result`. KV transfers have streams of their own. Runs in the worker.
 """
 
+from contextlib import AbstractContextManager
 from typing import ClassVar
 
 import numpy as np
@@ -140,6 +141,18 @@ class CudaDevice(Device):
 
     def download(self, *tensors: Tensor) -> Download:
         return CudaDownload(tensors)
+
+    def side_queue(self) -> AbstractContextManager[object]:
+        return torch.cuda.stream(torch.cuda.Stream(self.torch_device))  # type: ignore[no-untyped-call]
+
+    def pin(self, memory: Tensor) -> None:
+        runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        code = int(runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+        if code:
+            raise OSError(f"{memory.nbytes} bytes of host memory cannot be pinned: CUDA error {code}")
+
+    def unpin(self, memory: Tensor) -> None:
+        torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())  # type: ignore[no-untyped-call]
 
     def mark(self) -> Moment:
         return CudaMoment()

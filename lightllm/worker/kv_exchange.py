@@ -18,11 +18,11 @@ from lightllm.messages import EngineInfo, KVLayout, ScheduledBatch, StepOutput
 from lightllm.model_config import ModelConfig
 from lightllm.transfer import LANES
 from lightllm.transfer.base import Endings, Limits, NullTransport, Transport
-from lightllm.transfer.lane import open_lanes
+from lightllm.transfer.lane import LaneUnavailable, open_lanes
 from lightllm.transfer.link import KVLink
-from lightllm.transfer.plan import HostRows
+from lightllm.transfer.plan import HostRows, KVRows
 from lightllm.transfer.shipment import Node
-from lightllm.worker.model_runner import LaunchedStep, ModelRunner, Runner
+from lightllm.worker.model_runner import LaunchedStep, Runner
 
 logger = logging.getLogger(__name__)
 
@@ -90,14 +90,6 @@ def open_kv_link(
         ConfigError: the device, the transport or the cluster token cannot be used.
         BindError: the address is taken.
     """
-    if not isinstance(exchanging.runner, ModelRunner):
-        raise ConfigError(
-            f"--run_mode {config.server.run_mode} on device {info.device}: KV links of GPUs are not "
-            "implemented in this version; use --device cpu"
-        )
-    chosen = config.pd.kv_transport
-    if chosen != "auto" and chosen not in LANES:
-        raise ConfigError(f"--kv_transport {chosen}: not implemented in this version; use {', '.join(LANES)}")
     layout = KVLayout(
         model_hash=hashes[0],
         tokenizer_hash=hashes[1],
@@ -110,7 +102,12 @@ def open_kv_link(
         tp_size=config.parallel.tp,
         quantization=config.model.quant_type,
     )
-    lanes = open_lanes(LANES if chosen == "auto" else (chosen,), HostRows(exchanging.runner.kv_pool))
+    chosen = config.pd.kv_transport
+    names, reason = _lane_names(config)
+    try:
+        lanes = open_lanes(names, _rows_of(exchanging))
+    except LaneUnavailable as error:
+        raise ConfigError(f"--kv_transport {chosen} cannot be used here: {error}") from error
     node = Node(
         layout=layout,
         token=cluster_token(config.security.cluster_token, config.environment.home),
@@ -121,6 +118,25 @@ def open_kv_link(
     )
     port = config.pd.kv_port + rank if config.pd.kv_port else 0
     link = KVLink(node, config.server.host, port, config.server.advertise_host)
-    logger.info("KV link at %s, by %s (--kv_transport %s)", link.address, " or ".join(lanes.names), chosen)
+    logger.info("KV link at %s, by %s (%s)", link.address, " or ".join(lanes.names), reason)
     exchanging.transport = link
     return msgspec.structs.replace(info, kv_address=link.address, kv_layout=layout, kv_epoch=node.epoch)
+
+
+def _lane_names(config: Config) -> tuple[list[str], str]:
+    """The lanes to open, in their order, and why these."""
+    chosen = config.pd.kv_transport
+    if chosen != "auto":
+        return [chosen], f"--kv_transport {chosen}"
+    if config.environment.kv_trans_use_p2p is False:
+        return [name for name in LANES if name != "p2p"], "--kv_transport auto, KV_TRANS_USE_P2P=0"
+    return list(LANES), "--kv_transport auto"
+
+
+def _rows_of(exchanging: ExchangingRunner) -> KVRows:
+    pool, device = exchanging.runner.kv_pool, exchanging.device
+    if not device.is_async:
+        return HostRows(pool)
+    from lightllm.transfer.device_rows import DeviceRows  # needs triton, which a CPU does not
+
+    return DeviceRows(pool, device)

@@ -2,14 +2,28 @@
 
 import threading
 
+import msgspec
 import pytest
+import torch
 
+from lightllm.config import Config
 from lightllm.device.base import Moment
 from lightllm.device.device import CpuDevice
-from lightllm.messages import KVArrival, KVSource, KVTarget, KVTransferOrder, ScheduledBatch, StepOutput
+from lightllm.device.kv_pool import KVPool
+from lightllm.errors import ConfigError
+from lightllm.messages import (
+    EngineInfo,
+    KVArrival,
+    KVSource,
+    KVTarget,
+    KVTransferOrder,
+    ScheduledBatch,
+    StepOutput,
+)
 from lightllm.transfer.base import Endings, NullTransport
-from lightllm.worker.kv_exchange import ExchangingRunner
+from lightllm.worker.kv_exchange import ExchangingRunner, open_kv_link
 from lightllm.worker.model_runner import LaunchedStep, Runner
+from tests.transfer.nodes import MODEL
 
 TARGET = KVTarget(node_id="D", epoch=1, address="tcp://127.0.0.1:1", ticket="t")
 SOURCE = KVSource(node_id="P", epoch=1, ticket="t")
@@ -120,3 +134,58 @@ def test_endings_come_with_the_step_at_whose_launch_they_were_there(exchanging):
     assert before.result().kv_received == []
     output = after.result()
     assert (output.kv_received, output.kv_sent, output.kv_failed) == ([arrival], ["s"], [])
+
+
+# ------------------------------------------------------------ which lanes
+
+
+@pytest.fixture
+def link_of():
+    """Open a link on a CPU with these settings; the runner that has it."""
+    opened = []
+
+    def open_one(kv_transport="auto", use_p2p=None):
+        config, replace = Config(), msgspec.structs.replace
+        config = replace(
+            config,
+            pd=replace(config.pd, kv_transport=kv_transport),
+            security=replace(config.security, cluster_token="0123456789abcdef" * 2),
+            environment=replace(config.environment, kv_trans_use_p2p=use_p2p),
+        )
+        exchanging = ExchangingRunner(Steps([]), CpuDevice())
+        exchanging.runner.kv_pool = KVPool(MODEL, 20, torch.float32)
+        info = EngineInfo(
+            device="cpu",
+            dtype="float32",
+            kv_total_tokens=19,
+            max_req_total_len=10,
+            vocab_size=99,
+            load_s=0.0,
+            attention_backend="",
+        )
+        info = open_kv_link(exchanging, info, config, MODEL, ("m", "t"), 0, 5)
+        opened.append(exchanging.transport)
+        return info
+
+    yield open_one
+    for link in opened:
+        link.close()
+
+
+def test_the_log_says_by_which_lanes_and_why(link_of, caplog):
+    caplog.set_level("INFO")
+    info = link_of()
+    assert info.kv_address.startswith("tcp://127.0.0.1:")
+    assert "no lane p2p: the KV is on a cpu, not on a GPU" in caplog.text
+    assert "by shm or tcp (--kv_transport auto)" in caplog.text
+    caplog.clear()
+    link_of(use_p2p=False)
+    assert "p2p: the KV" not in caplog.text
+    assert "by shm or tcp (--kv_transport auto, KV_TRANS_USE_P2P=0)" in caplog.text
+    link_of("tcp")
+    assert "by tcp (--kv_transport tcp)" in caplog.text
+
+
+def test_a_lane_that_is_asked_for_and_cannot_be_used_is_an_error(link_of):
+    with pytest.raises(ConfigError, match="--kv_transport p2p cannot be used here: p2p: the KV is on a cpu"):
+        link_of("p2p")
