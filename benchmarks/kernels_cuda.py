@@ -2,7 +2,7 @@
 
     python benchmarks/kernels_cuda.py [--only prefill,suffix] [--out benchmarks/results/kernels_h100.json]
 
-`--only`: attention whose name starts with one of these, and nothing else.
+`--only`: attention whose name starts with one of these, or copies of KV by `kv`, and nothing else.
 
 Ceilings are measured in the same run: a large copy and read, a large matrix product. Times are medians over
 repeats that rotate over several input sets where these fit into the cache.
@@ -10,6 +10,7 @@ repeats that rotate over several input sets where these fit into the cache.
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -22,6 +23,7 @@ from lightllm.attention.base import AttentionLayer
 from lightllm.attention.triton_gqa import TritonAttention
 from lightllm.device.forward_batch import DeviceIndex, ForwardBatch
 from lightllm.device.kv_pool import KVPool
+from lightllm.kernels import kv_rows
 from lightllm.layers.ops import Ops
 from lightllm.layers.triton_ops import TritonOps
 from lightllm.model_config import ModelConfig
@@ -125,6 +127,23 @@ def attention_case(heads, groups) -> tuple[float, float, float]:
     return seconds, num_bytes, 4.0 * pairs * num_q_heads * head_dim
 
 
+def kv_row_rates() -> dict[str, dict[str, float]]:
+    """GB/s, read and written, of 4,096 scattered slots into others, by shape and number of programs."""
+    found: dict[str, dict[str, float]] = {}
+    default = kv_rows.MAX_PROGRAMS
+    for name, (layers, row) in {"28 layers, 1 KiB": (28, 128), "32 layers, 8 KiB": (32, 1024)}.items():
+        rows = torch.zeros(2 * layers, 8192, row, dtype=torch.int64, device=DEVICE)
+        slots = torch.randperm(8192, device=DEVICE)
+        source, target = slots[:4096], slots[4096:]
+        found[name] = {}
+        for programs in (16, 32, 64, 128, 256, 512):
+            kv_rows.MAX_PROGRAMS = programs
+            seconds = measure(partial(kv_rows.pull_rows, rows.data_ptr(), 8192, source, rows, target))
+            found[name][str(programs)] = round(2 * 4096 * 2 * layers * row * 8 / seconds / 1e9, 1)
+    kv_rows.MAX_PROGRAMS = default
+    return found
+
+
 def op_cases(ops: Ops, n: int) -> dict[str, tuple]:
     """Name -> function and bytes moved, at the widths of Llama-2-7B."""
     x = torch.randn(n, 4096, device=DEVICE).bfloat16()
@@ -203,6 +222,10 @@ def main() -> None:
         result["attention"][name] = entry
         print(f"{name:40s} {msgspec.json.encode(entry).decode()}", flush=True)
         torch.cuda.empty_cache()
+    if not args.only or "kv rows".startswith(args.only):
+        result["kv_rows"] = kv_row_rates()
+        for name, rates in result["kv_rows"].items():
+            print(f"kv rows {name:20s} {msgspec.json.encode(rates).decode()}", flush=True)
     if not args.only:
         add_other_cases(result)
     if args.out:

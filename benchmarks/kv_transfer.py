@@ -1,15 +1,18 @@
 """How fast KV moves between two engines of one machine, and how late an idle one notices.
 
-    python benchmarks/kv_transfer.py [--repeat 5] [--out FILE.json]
+    python benchmarks/kv_transfer.py [--device cuda] [--shapes qwen2-7b,llama2-7b] [--lengths 1024,8192]
+                                     [--lanes p2p,shm,tcp] [--repeat 5] [--out FILE.json]
 
-Two processes with KV pools of the default model's shape in float32, no model. For each lane and length: bytes
-per second from the sender's order to its confirmation, slots in runs and scattered; and the delay from there
-until a receiver that asks every 2 ms, as an idle engine does, has heard of it. Beside it the rate of a plain
-copy in memory. Prints one JSON object, medians and best runs.
+Two processes with KV pools and no model; with --device cuda both on the first GPU, unless
+CUDA_VISIBLE_DEVICES lists two: then the receiver is on the second. For each lane and length: bytes per second
+from the sender's order to its confirmation, slots in runs and scattered; and the delay from there until a
+receiver that asks every 2 ms, as an idle engine does, has heard of it. Beside it the rates of plain copies.
+Prints a table to stderr and one JSON object, medians and best runs.
 """
 
 import argparse
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -22,7 +25,8 @@ from machine import describe_run
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lightllm.device.kv_pool import KVPool
+from lightllm.device.base import PastMoment, make_device
+from lightllm.device.kv_pool import KVPool, kv_bytes_per_token
 from lightllm.messages import KVLayout, KVSource, KVTarget, KVTransferOrder
 from lightllm.model_config import ModelConfig
 from lightllm.transfer import LANES
@@ -32,49 +36,49 @@ from lightllm.transfer.link import KVLink
 from lightllm.transfer.plan import HostRows
 from lightllm.transfer.shipment import Node
 
-MODEL = ModelConfig.from_hf(
-    {
-        "architectures": ["LlamaForCausalLM"],
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "vocab_size": 49152,
-        "max_position_embeddings": 16384,
-        "rms_norm_eps": 1e-5,
-    }
-)
+# name: (layers, KV heads, head_dim, dtype)
+SHAPES = {
+    "smollm2-135m": (30, 3, 64, torch.float32),
+    "qwen2-7b": (28, 4, 128, torch.bfloat16),
+    "llama2-7b": (32, 32, 128, torch.bfloat16),
+}
 NUM_SLOTS = 16_384
-LENGTHS = (128, 1024, 8192)
 POLL_S = 0.002
 TOKEN = b"a token for measurements only"
-LAYOUT = KVLayout(
-    model_hash="",
-    tokenizer_hash="",
-    vocab_size=49152,
-    num_layers=30,
-    num_kv_heads=3,
-    head_dim=64,
-    dtype="float32",
-    kv_dtype="float32",
-    tp_size=1,
-)
+DEFAULTS = {
+    "cpu": {"shapes": "smollm2-135m", "lengths": "128,1024,8192", "lanes": "shm,tcp"},
+    "cuda": {"shapes": "qwen2-7b,llama2-7b", "lengths": "1024,8192", "lanes": "p2p,shm,tcp"},
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    for name in ("shapes", "lengths", "lanes"):
+        parser.add_argument(f"--{name}", help="with commas")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--receive", metavar="LANE", help="be the receiver; started by the program itself")
     args = parser.parse_args()
+    defaults = DEFAULTS[args.device]
+    shapes, lengths, lanes = (
+        (getattr(args, name) or defaults[name]).split(",") for name in ("shapes", "lengths", "lanes")
+    )
     if args.receive:
-        receive(args.receive)
+        receive(args.receive, args.device, shapes[0])
         return
+    assert set(lanes) <= set(LANES), f"lanes are {', '.join(LANES)}"
+    rates = copy_rates(args.device)
+    print(json.dumps(rates), file=sys.stderr, flush=True)
     report = {
         **describe_run(),
-        "copy_gb_per_s": copy_rate(),
-        "transfers": [entry for lane in LANES for entry in measure(lane, args.repeat)],
+        **rates,
+        "transfers": [
+            entry
+            for shape in shapes
+            for lane in lanes
+            for entry in measure(lane, args.device, shape, [int(n) for n in lengths], args.repeat)
+        ],
     }
     text = json.dumps(report, indent=1)
     print(text)
@@ -82,19 +86,49 @@ def main() -> None:
         args.out.write_text(text + "\n", "utf-8")
 
 
-def open_link(lane: str, epoch: int) -> KVLink:
-    """A link over a pool whose pages are all there."""
-    pool = KVPool(MODEL, NUM_SLOTS, torch.float32)
-    for tensor in (*pool.k, *pool.v):
-        tensor.fill_(1.0)
-    node = Node(
-        layout=LAYOUT,
-        token=TOKEN,
-        epoch=epoch,
-        lanes=open_lanes((lane,), HostRows(pool)),
-        limits=Limits(),
+def model_of(shape: str) -> ModelConfig:
+    layers, heads, head_dim, _ = SHAPES[shape]
+    return ModelConfig(
+        architecture="LlamaForCausalLM",
+        hidden_size=heads * head_dim,
+        intermediate_size=8,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        head_dim=head_dim,
+        vocab_size=8,
+        max_position_embeddings=NUM_SLOTS,
+        rms_norm_eps=1e-5,
     )
-    return KVLink(node, "127.0.0.1", 0)
+
+
+def open_link(lane: str, device_name: str, shape: str, epoch: int) -> KVLink:
+    """A link over a pool whose pages are all there."""
+    config, dtype = model_of(shape), SHAPES[shape][3]
+    device = make_device(device_name)
+    pool = KVPool(config, NUM_SLOTS, dtype, device.torch_device)
+    pool.storage.fill_(1.0)
+    device.synchronize()
+    if device_name == "cpu":
+        rows = HostRows(pool)
+    else:
+        from lightllm.transfer.device_rows import DeviceRows
+
+        rows = DeviceRows(pool, device)
+    name = str(dtype).removeprefix("torch.")
+    layout = KVLayout(
+        model_hash="",
+        tokenizer_hash="",
+        vocab_size=8,
+        num_layers=config.num_hidden_layers,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        dtype=name,
+        kv_dtype=name,
+        tp_size=1,
+    )
+    lanes = open_lanes((lane,), rows)
+    return KVLink(Node(layout=layout, token=TOKEN, epoch=epoch, lanes=lanes, limits=Limits()), "127.0.0.1", 0)
 
 
 def slots_of(count: int, is_scattered: bool) -> list[int]:
@@ -102,9 +136,9 @@ def slots_of(count: int, is_scattered: bool) -> list[int]:
     return random.Random(count).sample(range(1, NUM_SLOTS), count) if is_scattered else [*range(1, count + 1)]
 
 
-def receive(lane: str) -> None:
+def receive(lane: str, device_name: str, shape: str) -> None:
     """Expect what stdin says, line by line: ticket, tokens, scattered; answer with the time of arrival."""
-    link = open_link(lane, 2)
+    link = open_link(lane, device_name, shape, 2)
     print(link.address, flush=True)
     for line in sys.stdin:
         ticket, count, is_scattered = line.split()
@@ -115,39 +149,56 @@ def receive(lane: str) -> None:
             token_ids=[0] * int(count),
             source=KVSource(node_id="", epoch=1, ticket=ticket),
         )
-        link.receive(order)
+        link.receive(order, PastMoment())
         print("expected", flush=True)
         while not any(link.poll()):
             time.sleep(POLL_S)
         print(time.monotonic(), flush=True)
+    link.close()
 
 
-def measure(lane: str, repeat: int) -> list[dict[str, object]]:
+def receiver(lane: str, device_name: str, shape: str) -> subprocess.Popen:
+    """Start the other process; on the second of two visible GPUs."""
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": gpus[1]} if len(gpus) > 1 else {})}
+    options = ["--device", device_name, "--shapes", shape, "--receive", lane]
+    command = [sys.executable, __file__, *options]
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    )
+
+
+def measure(
+    lane: str, device_name: str, shape: str, lengths: list[int], repeat: int
+) -> list[dict[str, object]]:
     """All lengths over one lane."""
-    command = [sys.executable, __file__, "--receive", lane]
-    peer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    peer = receiver(lane, device_name, shape)
     assert peer.stdin is not None
     assert peer.stdout is not None
+    link = open_link(lane, device_name, shape, 1)
     address = peer.stdout.readline().strip()
-    link = open_link(lane, 1)
     entries = []
-    for count in LENGTHS:
+    for count in lengths:
         for is_scattered in (False, True):
             durations, delays = [], []
-            for i in range(repeat):
+            for i in range(repeat + 1):
                 ticket = f"ticket-{count}-{is_scattered}-{i}"
                 peer.stdin.write(f"{ticket} {count} {is_scattered}\n")
                 peer.stdin.flush()
                 assert peer.stdout.readline() == "expected\n"
                 started_s = time.monotonic()
-                link.send(order(ticket, count, is_scattered, address), 0)
+                link.send(order(ticket, count, is_scattered, address), PastMoment())
+                link.complete(ticket, 0)
                 while not any(endings := link.poll()):
                     time.sleep(0.0002)
                 ended_s = time.monotonic()
                 assert endings.sent == [ticket], endings
-                durations.append(ended_s - started_s)
-                delays.append(float(peer.stdout.readline()) - ended_s)
-            entries.append(entry(lane, count, is_scattered, durations, delays))
+                delay_s = float(peer.stdout.readline()) - ended_s
+                if i:  # the first compiles kernels and opens memory
+                    durations.append(ended_s - started_s)
+                    delays.append(delay_s)
+            entries.append(entry(lane, shape, count, is_scattered, durations, delays))
+            print(in_words(entries[-1]), file=sys.stderr, flush=True)
     link.close()
     peer.stdin.close()
     peer.wait()
@@ -166,12 +217,13 @@ def order(ticket: str, count: int, is_scattered: bool, address: str) -> KVTransf
 
 
 def entry(
-    lane: str, count: int, is_scattered: bool, durations: list[float], delays: list[float]
+    lane: str, shape: str, count: int, is_scattered: bool, durations: list[float], delays: list[float]
 ) -> dict[str, object]:
     """One line of the report."""
-    num_bytes = count * 2 * 30 * 3 * 64 * 4
+    num_bytes = count * kv_bytes_per_token(model_of(shape), SHAPES[shape][3])
     return {
         "lane": lane,
+        "shape": shape,
         "tokens": count,
         "slots": "scattered" if is_scattered else "in runs",
         "mb": round(num_bytes / 1e6, 1),
@@ -183,17 +235,37 @@ def entry(
     }
 
 
-def copy_rate() -> float:
-    """GB/s of a copy from memory to memory in one thread."""
+def copy_rates(device_name: str) -> dict[str, object]:
+    """GB/s of plain copies: in memory by one thread; on a GPU inside its memory, and to and from the host."""
     torch.set_num_threads(1)
-    source = torch.ones(64_000_000)
-    target = torch.empty_like(source).copy_(source)
+    host = torch.ones(64_000_000)
+    rates: dict[str, object] = {"copy_gb_per_s": copy_rate(torch.empty_like(host), host)}
+    if device_name == "cuda":
+        pinned, device = host.pin_memory(), host.to("cuda")
+        rates["gpu"] = torch.cuda.get_device_name()
+        rates["device_copy_gb_per_s"] = copy_rate(torch.empty_like(device), device)
+        rates["to_host_gb_per_s"] = copy_rate(pinned, device)
+        rates["to_device_gb_per_s"] = copy_rate(device, pinned)
+    return rates
+
+
+def copy_rate(target: torch.Tensor, source: torch.Tensor) -> float:
+    """Best of some."""
     durations = []
-    for _ in range(5):
+    for _ in range(6):
         started_s = time.perf_counter()
         target.copy_(source)
+        if target.is_cuda or source.is_cuda:
+            torch.cuda.synchronize()
         durations.append(time.perf_counter() - started_s)
-    return round(source.numel() * 4 / min(durations) / 1e9, 2)
+    return round(source.nbytes / min(durations) / 1e9, 2)
+
+
+def in_words(line: dict) -> str:
+    """One line of the table."""
+    where = f"{line['lane']:4} {line['shape']:13} {line['tokens']:6} {line['slots']:9}"
+    rate = f"{line['ms_median']:9} ms {line['gb_per_s_median']:8} GB/s (best {line['gb_per_s_best']})"
+    return f"{where} {line['mb']:8} MB {rate}"
 
 
 if __name__ == "__main__":

@@ -167,7 +167,6 @@ def test_reserved_flag_is_refused_by_name(name):
 @pytest.mark.parametrize(
     ("flag", "value"),
     [
-        ("kv_transport", "p2p"),
         ("kv_transport", "nixl"),
         ("attention_backend", "flashinfer"),
         ("quant_type", "w8a8"),

@@ -8,6 +8,7 @@ Runs in the worker.
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from types import MappingProxyType
 from typing import Any, ClassVar, cast
 
@@ -27,6 +28,21 @@ class Download(ABC):
     @abstractmethod
     def result(self) -> tuple[np.ndarray, ...]:
         """Wait for them; blocks only the calling thread and leaves Python's lock free meanwhile."""
+
+
+class Moment(ABC):
+    """A point in the order of a device's work: behind all that was called for until it was marked."""
+
+    @abstractmethod
+    def wait(self) -> None:
+        """Wait until the device is past it; blocks only the calling thread, which may be any."""
+
+
+class PastMoment(Moment):
+    """One that the device is past already."""
+
+    def wait(self) -> None:
+        return
 
 
 class Device(ABC):
@@ -87,6 +103,29 @@ class Device(ABC):
     @abstractmethod
     def download(self, *tensors: Tensor) -> Download:
         """Start to fetch tensors, in order with the work before; the tensors may be reused at once."""
+
+    @abstractmethod
+    def side_queue(self) -> AbstractContextManager[object]:
+        """Make a queue of work beside the one of steps: inside it, calls are in order with each other only.
+
+        Can be entered again and again, by any thread, but by one at a time.
+        """
+
+    @abstractmethod
+    def pin(self, memory: Tensor) -> None:
+        """Make memory of the host that is not torch's own fast to copy from and to, until `unpin`.
+
+        Raises:
+            OSError: the system does not allow it.
+        """
+
+    @abstractmethod
+    def unpin(self, memory: Tensor) -> None:
+        """Undo `pin`; no copy is on its way."""
+
+    @abstractmethod
+    def mark(self) -> Moment:
+        """Mark this moment; never waits for the device."""
 
     @abstractmethod
     def synchronize(self) -> None:

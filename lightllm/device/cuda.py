@@ -1,16 +1,17 @@
 """CudaDevice: one of the visible NVIDIA GPUs.
 
-Everything runs on one stream, so that work is done in the order of the calls; the host runs ahead and waits
-only in `Download.result`. Runs in the worker.
+All steps run on one stream, so that work is done in the order of the calls; the host runs ahead and waits
+only in `Download.result`. KV transfers have streams of their own. Runs in the worker.
 """
 
+from contextlib import AbstractContextManager
 from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lightllm.device.base import Device, Download
+from lightllm.device.base import Device, Download, Moment
 from lightllm.errors import ConfigError
 
 # The oldest architecture that the kernels are written for: bfloat16 and asynchronous copies.
@@ -19,18 +20,28 @@ RING_BYTES = 4 << 20
 RING_ALIGNMENT = 64
 
 
+class CudaMoment(Moment):
+    """An event behind what was called for on the calling thread's stream."""
+
+    def __init__(self) -> None:
+        self._event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        self._event.record()
+
+    def wait(self) -> None:
+        self._event.synchronize()
+
+
 class CudaDownload(Download):
-    """Pinned copies of tensors, and the event behind the last of them."""
+    """Pinned copies of tensors, and the moment behind the last of them."""
 
     def __init__(self, tensors: tuple[Tensor, ...]) -> None:
         self._copies = tuple(torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in tensors)
         for copy, tensor in zip(self._copies, tensors, strict=True):
             copy.copy_(tensor, non_blocking=True)
-        self._event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        self._event.record()
+        self._done = CudaMoment()
 
     def result(self) -> tuple[np.ndarray, ...]:
-        self._event.synchronize()
+        self._done.wait()
         return tuple(copy.numpy() for copy in self._copies)
 
 
@@ -130,6 +141,21 @@ class CudaDevice(Device):
 
     def download(self, *tensors: Tensor) -> Download:
         return CudaDownload(tensors)
+
+    def side_queue(self) -> AbstractContextManager[object]:
+        return torch.cuda.stream(torch.cuda.Stream(self.torch_device))  # type: ignore[no-untyped-call]
+
+    def pin(self, memory: Tensor) -> None:
+        runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        code = int(runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+        if code:
+            raise OSError(f"{memory.nbytes} bytes of host memory cannot be pinned: CUDA error {code}")
+
+    def unpin(self, memory: Tensor) -> None:
+        torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())  # type: ignore[no-untyped-call]
+
+    def mark(self) -> Moment:
+        return CudaMoment()
 
     def synchronize(self) -> None:
         torch.cuda.synchronize()

@@ -8,6 +8,7 @@ import ctypes
 import os
 import re
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import MappingProxyType
 from typing import ClassVar
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightllm.device.base import Device, Download
+from lightllm.device.base import Device, Download, Moment, PastMoment
 
 CGROUP = Path("/sys/fs/cgroup")
 CPUINFO = Path("/proc/cpuinfo")
@@ -173,6 +174,18 @@ class CpuDevice(Device):
 
     def download(self, *tensors: Tensor) -> Download:
         return Fetched(tensors)
+
+    def side_queue(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def pin(self, memory: Tensor) -> None:
+        return
+
+    def unpin(self, memory: Tensor) -> None:
+        return
+
+    def mark(self) -> Moment:
+        return PastMoment()
 
     def synchronize(self) -> None:
         return

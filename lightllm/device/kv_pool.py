@@ -8,6 +8,8 @@ from torch import Tensor
 
 from lightllm.model_config import ModelConfig
 
+LABEL_BYTES = 32
+
 
 def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
     """Return the bytes one slot takes, over all layers."""
@@ -27,8 +29,11 @@ class KVPool:
         device: where they are.
 
     Attributes:
-        k, v: per layer [num_slots, num_kv_heads, head_dim], contiguous.
-        num_bytes: bytes reserved.
+        storage: [2, num_layers, num_slots, num_kv_heads, head_dim], contiguous: keys, then values.
+        k, v: its parts, per layer [num_slots, num_kv_heads, head_dim], contiguous.
+        num_bytes: bytes of the storage.
+        label: uint8 [LABEL_BYTES] right behind the storage, in the same memory: who reads that memory from
+            another process sees by it that it is this pool's.
     """
 
     def __init__(
@@ -39,11 +44,13 @@ class KVPool:
         device: torch.device | str = "cpu",
     ) -> None:
         shape = (config.num_hidden_layers, num_slots, config.num_key_value_heads, config.head_dim)
-        storage = torch.empty(2, *shape, dtype=dtype, device=device)
-        storage[:, :, 0] = 0
+        self.num_bytes = num_slots * kv_bytes_per_token(config, dtype)
+        memory = torch.empty(self.num_bytes + LABEL_BYTES, dtype=torch.uint8, device=device)
+        self.label = memory[self.num_bytes :]
+        self.storage = memory[: self.num_bytes].view(dtype).view(2, *shape)
+        self.storage[:, :, 0] = 0
         self.num_slots = num_slots
         self.num_kv_heads = config.num_key_value_heads
         self.head_dim = config.head_dim
-        self.num_bytes = num_slots * kv_bytes_per_token(config, dtype)
-        self.k: tuple[Tensor, ...] = storage[0].unbind(0)
-        self.v: tuple[Tensor, ...] = storage[1].unbind(0)
+        self.k: tuple[Tensor, ...] = self.storage[0].unbind(0)
+        self.v: tuple[Tensor, ...] = self.storage[1].unbind(0)

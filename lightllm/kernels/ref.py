@@ -65,6 +65,17 @@ def kv_write(k: Tensor, v: Tensor, pool_k: Tensor, pool_v: Tensor, slots: Tensor
     pool_v[slots] = v
 
 
+def copy_rows(
+    source: Tensor, source_slots: Tensor | None, target: Tensor, target_slots: Tensor | None
+) -> None:
+    """target[:, target_slots] = source[:, source_slots], as in kernels/kv_rows.py."""
+    rows = source if source_slots is None else source[:, source_slots]
+    if target_slots is None:
+        target[:, : rows.shape[1]] = rows
+    else:
+        target[:, target_slots] = rows
+
+
 def scatter_table(table: Tensor, packed: Tensor, offset: int, count: int) -> None:
     """table[row, position] = value for `count` triples: in `packed` from `offset` rows, positions, values."""
     rows, positions, values = packed[offset : offset + 3 * count].view(3, count)

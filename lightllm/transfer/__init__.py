@@ -9,6 +9,10 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 LANES: Mapping[str, str] = MappingProxyType(
-    {"shm": "lightllm.transfer.shm:ShmLane", "tcp": "lightllm.transfer.tcp:TcpLane"}
+    {
+        "p2p": "lightllm.transfer.p2p:P2PLane",
+        "shm": "lightllm.transfer.shm:ShmLane",
+        "tcp": "lightllm.transfer.tcp:TcpLane",
+    }
 )
 """Name -> module:class of the lanes that are built."""

@@ -1,8 +1,12 @@
 """Transport: what moves KV between this worker and those of other nodes, as the worker sees it.
 
-Four verbs: `receive`, `send`, `cancel`, `poll`. Orders in, endings out; every transfer that was begun ends in
-exactly one ending, and from then on no byte of its slots is read or written. Runs in the worker process; the
-verbs are called from its one thread, the work is done in threads of the transport.
+Five verbs: `receive`, `send`, `complete`, `cancel`, `poll`. Orders in, endings out; every transfer that was
+begun ends in exactly one ending, and from then on no byte of its slots is read or written. Runs in the worker
+process; the verbs are called from the thread that launches steps, `complete` from the one that takes their
+results; the work is done in threads of the transport.
+
+A device may run behind the calls. Orders therefore come with a `Moment` of its work: slots are touched only
+once the device is past it, and touching them has ended when the device has done it.
 """
 
 import threading
@@ -15,6 +19,7 @@ from typing import NamedTuple
 import msgspec
 
 from lightllm.cluster_link import LinkBroken, LinkRefused
+from lightllm.device.base import Moment
 from lightllm.errors import KVTransferError
 from lightllm.messages import KV_FAULTS, KVArrival, KVFailure, KVTransfer, KVTransferOrder
 
@@ -115,7 +120,7 @@ class Hold:
 
     @contextmanager
     def touching(self) -> Iterator[None]:
-        """Read or write slots; whoever ends the transfer waits until this is done.
+        """Read or write slots; whoever ends the transfer waits until this is done, on the device, too.
 
         Raises:
             KVTransferError: they are not ours any more.
@@ -153,12 +158,16 @@ class Transport(ABC):
     address = ""
 
     @abstractmethod
-    def receive(self, order: KVTransferOrder) -> None:
-        """Expect the KV of a request; its slots may be written from now on."""
+    def receive(self, order: KVTransferOrder, free: Moment) -> None:
+        """Expect the KV of a request; its slots may be written behind the moment `free`."""
 
     @abstractmethod
-    def send(self, order: KVTransferOrder, first_token_id: int | None) -> None:
-        """Ship KV that has been computed. The first token comes with the request's last order."""
+    def send(self, order: KVTransferOrder, written: Moment) -> None:
+        """Ship KV that is computed at the moment `written`."""
+
+    @abstractmethod
+    def complete(self, request_id: str, first_token_id: int) -> None:
+        """Tell the token that a request's last order was waiting for; nothing happens if it has ended."""
 
     @abstractmethod
     def cancel(self, request_id: str) -> None:
@@ -184,12 +193,15 @@ class NullTransport(Transport):
     def __init__(self) -> None:
         self._ledger = Ledger()
 
-    def receive(self, order: KVTransferOrder) -> None:
+    def receive(self, order: KVTransferOrder, free: Moment) -> None:
         Hold(order.request_id, self._ledger, "received").fail(self.REASON, "no_link")
 
-    def send(self, order: KVTransferOrder, first_token_id: int | None) -> None:
+    def send(self, order: KVTransferOrder, written: Moment) -> None:
         if order.target is not None and order.start == order.target.num_cached_tokens:
             Hold(order.request_id, self._ledger, "sent").fail(self.REASON, "no_link")
+
+    def complete(self, request_id: str, first_token_id: int) -> None:
+        return
 
     def cancel(self, request_id: str) -> None:
         return

@@ -9,10 +9,13 @@ import logging
 import socket
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 
 import msgspec
 
 from lightllm.cluster_link import Acceptor, Hello, LinkBroken, LinkRefused
+from lightllm.device.base import Moment
 from lightllm.errors import BindError, KVTransferError
 from lightllm.messages import KVTransferOrder
 from lightllm.transfer import frames
@@ -26,6 +29,7 @@ from lightllm.transfer.shipment import Node, Shipment
 logger = logging.getLogger(__name__)
 
 MAX_CONNECTIONS = 1024
+CLOSE_LIMIT_S = 2.0
 
 
 class KVLink(Transport):
@@ -45,6 +49,8 @@ class KVLink(Transport):
         self._shipments: dict[str, Shipment] = {}
         self._receipts: dict[str, Receipt] = {}  # by ticket
         self._changed = threading.Condition()
+        self._choices: dict[str, str] = {}  # by node
+        self._threads: set[threading.Thread] = set()
         self._num_connections = 0
         self._is_closed = False
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -55,11 +61,11 @@ class KVLink(Transport):
         shown = advertised_host or host
         shown = f"[{shown}]" if ":" in shown else shown
         self.address = f"tcp://{shown}:{self._listener.getsockname()[1]}"
-        _start(self._accept, "kv-link")
+        self._start(self._accept, "kv-link")
 
-    def receive(self, order: KVTransferOrder) -> None:
+    def receive(self, order: KVTransferOrder, free: Moment) -> None:
         hold = Hold(order.request_id, self._ledger, "received")
-        receipt = Receipt(self._node, order, hold)
+        receipt = Receipt(self._node, order, hold, free)
         with self._changed:
             self._forget_ended()
             if receipt.source.ticket in self._receipts:
@@ -68,17 +74,22 @@ class KVLink(Transport):
             self._receipts[receipt.source.ticket] = receipt
             self._changed.notify_all()
 
-    def send(self, order: KVTransferOrder, first_token_id: int | None) -> None:
-        shipment = self._shipments.get(order.request_id)
+    def send(self, order: KVTransferOrder, written: Moment) -> None:
+        shipment = self._shipment(order.request_id)
         assert order.target is not None, "an order to send names its target"
         if order.start == order.target.num_cached_tokens:
             with self._changed:
                 self._forget_ended()
-            shipment = Shipment(self._node, order, Hold(order.request_id, self._ledger, "sent"))
-            self._shipments[order.request_id] = shipment
-            _start(lambda: self._ship(shipment), "kv-send")
+                shipment = Shipment(self._node, order, Hold(order.request_id, self._ledger, "sent"))
+                self._shipments[order.request_id] = shipment
+            self._start(partial(self._ship, shipment), "kv-send")
         if shipment is not None:
-            shipment.add(order, first_token_id)
+            shipment.add(order, written)
+
+    def complete(self, request_id: str, first_token_id: int) -> None:
+        shipment = self._shipment(request_id)
+        if shipment is not None:
+            shipment.complete(first_token_id)
 
     def cancel(self, request_id: str) -> None:
         with self._changed:
@@ -101,7 +112,21 @@ class KVLink(Transport):
         for transfer in moving:
             transfer.hold.fail("this node stops", "stopped")
             transfer.interrupt()
+        # A thread inside torch when the interpreter ends would take the process down with it.
+        until_s = time.monotonic() + CLOSE_LIMIT_S
+        for thread in self._running():
+            thread.join(max(0.0, until_s - time.monotonic()))
         self._node.lanes.close()
+
+    def _start(self, work: Callable[[], None], name: str) -> None:
+        thread = threading.Thread(target=work, name=name, daemon=True)
+        with self._changed:
+            self._threads = {other for other in self._threads if other.is_alive()} | {thread}
+            thread.start()
+
+    def _running(self) -> list[threading.Thread]:
+        with self._changed:
+            return [thread for thread in self._threads if thread.is_alive()]
 
     # ------------------------------------------------------------ in threads
 
@@ -125,7 +150,7 @@ class KVLink(Transport):
                 logger.warning("KV link: more than %d connections; one was refused", MAX_CONNECTIONS)
                 sock.close()
             else:
-                _start(lambda sock=sock, peer=peer: self._serve(sock, str(peer[0])), "kv-receive")
+                self._start(partial(self._serve, sock, str(peer[0])), "kv-receive")
 
     def _serve(self, sock: socket.socket, peer: str) -> None:
         """One connection, from its greeting to its end."""
@@ -156,7 +181,7 @@ class KVLink(Transport):
         receipt = self._admit(acceptor, hello, opening, channel)
         end = None
         try:
-            lane, end = self._choose_lane(acceptor, opening.lanes)
+            lane, end = self._choose_lane(acceptor, opening.lanes, receipt.source.node_id)
             receipt.hold.lane = lane
             detail = frames.encode(Choice(lane=lane))
             welcome, channel.seal = acceptor.welcome(socket.gethostname(), self._node.epoch, detail)
@@ -203,19 +228,31 @@ class KVLink(Transport):
             raise acceptor.refuse("bad_layout", text, diff)
         return receipt
 
-    def _choose_lane(self, acceptor: Acceptor, offers: list[LaneOffer]) -> tuple[str, ReceivingEnd]:
-        """The first of the sender's lanes that both can use."""
+    def _choose_lane(
+        self, acceptor: Acceptor, offers: list[LaneOffer], node_id: str
+    ) -> tuple[str, ReceivingEnd]:
+        """The first of the sender's lanes that both can use; the log says where that has changed."""
         lanes, reasons = self._node.lanes, []
         for offer in offers:
             if offer.name not in lanes.names:
-                reasons.append(f"{offer.name}: not allowed here")
+                reasons.append(f"{offer.name}: not open here")
                 continue
             try:
-                return offer.name, lanes[offer.name].open_receiver(offer.fields)
+                end = lanes[offer.name].open_receiver(offer.fields)
             except LaneUnavailable as error:
                 reasons.append(f"{offer.name}: {error}")
+                continue
+            choice = f"{offer.name}{''.join(f'; not {reason}' for reason in reasons)}"
+            if self._choices.get(node_id) != choice:
+                self._choices[node_id] = choice
+                logger.info("KV link: KV of node %s comes by %s", node_id, choice)
+            return offer.name, end
         text = "no common --kv_transport"
         raise acceptor.refuse("no_lane", f"{text}: {'; '.join(reasons)}", tuple(reasons))
+
+    def _shipment(self, request_id: str) -> Shipment | None:
+        with self._changed:
+            return self._shipments.get(request_id)
 
     def _forget_ended(self) -> None:
         """Drop transfers that have ended; holds the condition's lock."""
@@ -223,11 +260,6 @@ class KVLink(Transport):
             del self._shipments[request_id]
         for ticket in [t for t, r in self._receipts.items() if r.hold.is_over]:
             del self._receipts[ticket]
-
-
-def _start(target: object, name: str) -> None:
-    assert callable(target)
-    threading.Thread(target=target, name=name, daemon=True).start()
 
 
 def _log_end(hold: Hold) -> None:

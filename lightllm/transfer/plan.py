@@ -47,6 +47,18 @@ class KVRows(ABC):
     def unpack(self, slots: np.ndarray, block: Tensor) -> None:
         """Scatter a block of exactly the size of these slots; returns when that is done."""
 
+    def pin(self, memory: Tensor) -> None:
+        """Make memory of the host that is not from `host_memory` as fast to copy, until `unpin`.
+
+        Raises:
+            OSError: the system does not allow it.
+        """
+        return
+
+    def unpin(self, memory: Tensor) -> None:
+        """Undo `pin`."""
+        return
+
     @abstractmethod
     def host_memory(self, size: int) -> Tensor:
         """New memory of the host for blocks, uint8 [size], of the kind that is fast to copy to and from."""

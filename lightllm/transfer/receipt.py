@@ -10,6 +10,7 @@ import time
 import numpy as np
 
 from lightllm.cluster_link import LinkBroken
+from lightllm.device.base import Moment
 from lightllm.errors import KVTransferError
 from lightllm.messages import KVArrival, KVSource, KVTransferOrder
 from lightllm.transfer import frames
@@ -27,14 +28,16 @@ class Receipt:
     Args:
         order: what to expect, and from whom.
         hold: on the order's slots.
+        free: the moment behind which they may be written.
     """
 
-    def __init__(self, node: Node, order: KVTransferOrder, hold: Hold) -> None:
+    def __init__(self, node: Node, order: KVTransferOrder, hold: Hold, free: Moment) -> None:
         assert order.source is not None, "an order to receive names its source"
         self.hold = hold
         self.source: KVSource = order.source
         self.start = order.start
         self._node = node
+        self._free = free
         self._token_ids = order.token_ids
         self._slots = np.array(order.slots, dtype=np.int64)
         self._lock = threading.Lock()
@@ -92,6 +95,7 @@ class Receipt:
             )
         size = block.count * lane.rows.token_bytes
         end.pull(channel, block, size, self._node.limits.silence_s)
+        self._free.wait()
         with self.hold.touching():
             end.unpack(self._slots[first:stop])
         self._chunks.append((block.start, block.count))

@@ -10,12 +10,14 @@ import socket
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import msgspec
 import numpy as np
 
 from lightllm.cluster_link import Dialer, LinkBroken, LinkRefused
+from lightllm.device.base import Moment
 from lightllm.errors import KVTransferError
 from lightllm.messages import KVLayout, KVTarget, KVTransferOrder
 from lightllm.transfer import frames
@@ -68,7 +70,8 @@ class Shipment:
         self._node = node
         self._target: KVTarget = first.target
         self._start = first.start
-        self._orders: deque[tuple[KVTransferOrder, int | None]] = deque()
+        self._orders: deque[tuple[KVTransferOrder, Moment]] = deque()
+        self._first_token_id: int | None = None
         self._news = os.eventfd(0, os.EFD_CLOEXEC)
         self._lock = threading.Lock()
         self._channel: Channel | None = None
@@ -76,13 +79,19 @@ class Shipment:
         self._chunks: list[tuple[int, int]] = []
         self._num_unacknowledged = 0
 
-    def add(self, order: KVTransferOrder, first_token_id: int | None) -> None:
-        """Ship this, too; called in the order of positions."""
+    def add(self, order: KVTransferOrder, written: Moment) -> None:
+        """Ship this, too, once the device is past that moment; called in the order of positions."""
         with self._lock:
-            if self._is_closed:
-                return
-            self._orders.append((order, first_token_id))
-            os.eventfd_write(self._news, 1)
+            if not self._is_closed:
+                self._orders.append((order, written))
+                os.eventfd_write(self._news, 1)
+
+    def complete(self, first_token_id: int) -> None:
+        """What the step of the last order has sampled."""
+        with self._lock:
+            if not self._is_closed:
+                self._first_token_id = first_token_id
+                os.eventfd_write(self._news, 1)
 
     def interrupt(self) -> None:
         """Stop waiting for a peer; called once the hold is given up."""
@@ -99,14 +108,11 @@ class Shipment:
         try:
             channel = self._dial()
             end = self._open(channel, ends)
-            while True:
-                order, first_token_id = self._next_order(channel)
-                lane = self._node.lanes[self.hold.lane]
-                for start, slots in blocks(order.start, order.slots, lane.tokens_per_block):
-                    self._ship(channel, end, start, slots)
-                if first_token_id is not None:
-                    break
-            self._complete(channel, order, first_token_id)
+            token_ids: list[int] = []
+            while not token_ids:
+                token_ids = self._ship_next(channel, end)
+            self._wait_until(lambda: self._first_token_id is not None, channel)
+            self._complete(channel, token_ids)
             self.hold.end(self.hold.request_id)
         except (KVTransferError, LinkBroken, LinkRefused, msgspec.DecodeError, OSError) as error:
             reason = f"sending KV to {self._target.node_id} at {self._target.address}: {error}"
@@ -114,6 +120,17 @@ class Shipment:
         finally:
             self.hold.fail("sending KV ended without a result")
             self._close(ends)
+
+    def _ship_next(self, channel: Channel, end: SendingEnd) -> list[int]:
+        """Ship the next order; returns its `token_ids`, which only the last one has."""
+        self._wait_until(lambda: bool(self._orders), channel)
+        order, written = self._orders.popleft()
+        written.wait()
+        for start, slots in blocks(
+            order.start, order.slots, self._node.lanes[self.hold.lane].tokens_per_block
+        ):
+            self._ship(channel, end, start, slots)
+        return order.token_ids
 
     def _ship(self, channel: Channel, end: SendingEnd, start: int, slots: np.ndarray) -> None:
         index, size = len(self._chunks), len(slots) * self._node.lanes[self.hold.lane].rows.token_bytes
@@ -171,14 +188,14 @@ class Shipment:
         self.hold.lane = lane
         return ends[lane]
 
-    def _next_order(self, channel: Channel) -> tuple[KVTransferOrder, int | None]:
+    def _wait_until(self, is_ready: Callable[[], bool], channel: Channel) -> None:
         """Wait for the engine, listen to the peer meanwhile, and let it know that we live."""
         spoke_s = time.monotonic()
         while True:
             if self.hold.is_over:
                 raise KVTransferError("the transfer was given up here")
-            if self._orders:
-                return self._orders.popleft()
+            if is_ready():
+                return
             poll = select.poll()
             poll.register(channel.fileno(), select.POLLIN)
             poll.register(self._news, select.POLLIN)
@@ -201,16 +218,17 @@ class Shipment:
             case other:
                 raise LinkBroken(f"{type(other).__name__} out of turn")
 
-    def _complete(self, channel: Channel, last: KVTransferOrder, first_token_id: int) -> None:
+    def _complete(self, channel: Channel, token_ids: list[int]) -> None:
+        assert self._first_token_id is not None
         while self._num_unacknowledged:
             self._take_ack(channel)
         complete = Complete(
             ticket=self._target.ticket,
             source_epoch=self._node.epoch,
             target_epoch=self._target.epoch,
-            num_tokens=len(last.token_ids),
-            first_token_id=first_token_id,
-            digest=digest(self._node.layout, last.token_ids, self._chunks),
+            num_tokens=len(token_ids),
+            first_token_id=self._first_token_id,
+            digest=digest(self._node.layout, token_ids, self._chunks),
         )
         channel.send(complete, self._silence_s)
         match channel.receive(frames.FromReceiver, self._silence_s):

@@ -7,6 +7,7 @@ seal keeps the file from shrinking, which would kill a reader.
 
 import fcntl
 import hmac
+import logging
 import mmap
 import os
 import secrets
@@ -27,6 +28,9 @@ from lightllm.transfer.lane import (
     StagedReceiver,
     StagedSender,
 )
+from lightllm.transfer.plan import KVRows
+
+logger = logging.getLogger(__name__)
 
 NONCE_BYTES = 32
 
@@ -42,6 +46,24 @@ class Segment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 class ShmLane(Lane):
     """See the module."""
 
+    def __init__(self, rows: KVRows, block_bytes: int | None = None) -> None:
+        super().__init__(rows, block_bytes)
+        self.num_bytes = WINDOW * self.block_bytes + NONCE_BYTES
+        self._is_pinning = True
+
+    def pin(self, memory: Tensor) -> bool:
+        """Make memory fast to copy where the KV is on a device; whether it wants to be unpinned.
+
+        Where that is not possible, copies to and from the device take longer.
+        """
+        if self._is_pinning:
+            try:
+                self.rows.pin(memory)
+            except OSError as error:
+                logger.warning("KV link: shm is slower than it could be: %s", error)
+                self._is_pinning = False
+        return self._is_pinning
+
     def open_sender(self) -> SendingEnd:
         return _Sender(self)
 
@@ -49,37 +71,62 @@ class ShmLane(Lane):
         return _Receiver(self, fields)
 
 
+class _Mapping:
+    """The file in this process's memory; pinned when a block is first moved: most offers are not taken."""
+
+    def __init__(self, lane: ShmLane, fd: int) -> None:
+        # Writable for the receiver, too, because torch knows no other memory.
+        self._memory = torch.from_numpy(np.frombuffer(mmap.mmap(fd, lane.num_bytes), dtype=np.uint8))
+        self._lane = lane
+        self._is_pinned: bool | None = None
+
+    @property
+    def nonce(self) -> np.ndarray:
+        """What stands at the end."""
+        return self._memory[-NONCE_BYTES:].numpy()
+
+    def block(self, index: int, size: int) -> Tensor:
+        """The first bytes of a block's place."""
+        if self._is_pinned is None:
+            self._is_pinned = self._lane.pin(self._memory)
+        start = index % WINDOW * self._lane.block_bytes
+        return self._memory[start : start + size]
+
+    def close(self) -> None:
+        """Give it up; the memory goes with the last tensor on it."""
+        if self._is_pinned:
+            self._lane.rows.unpin(self._memory)
+        self._is_pinned = None
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+
 class _Sender(StagedSender):
-    def __init__(self, lane: Lane) -> None:
+    def __init__(self, lane: ShmLane) -> None:
         super().__init__(lane)
         self._nonce = secrets.token_bytes(NONCE_BYTES)
-        size = WINDOW * lane.block_bytes + NONCE_BYTES
         self._fd = os.memfd_create("lightllm-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(self._fd, size)
+        os.ftruncate(self._fd, lane.num_bytes)
         fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
-        self._memory = _map(self._fd, size)
-        self._memory[-NONCE_BYTES:].numpy()[:] = np.frombuffer(self._nonce, dtype=np.uint8)
+        self._mapping = _Mapping(lane, self._fd)
+        self._mapping.nonce[:] = np.frombuffer(self._nonce, dtype=np.uint8)
 
     def offer(self) -> bytes:
         return msgspec.msgpack.encode(Segment(pid=os.getpid(), fd=self._fd, nonce=self._nonce))
 
     def staging(self, index: int) -> Tensor:
-        start = index % WINDOW * self.lane.block_bytes
-        return self._memory[start : start + self.lane.block_bytes]
+        return self._mapping.block(index, self.lane.block_bytes)
 
     def push(self, channel: Channel, index: int, size: int, limit_s: float) -> None:
         return  # it lies where the receiver looks
 
     def close(self) -> None:
-        # The mapping goes with the last tensor on it.
-        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._mapping.close()
         os.close(self._fd)
 
 
 class _Receiver(StagedReceiver):
-    def __init__(self, lane: Lane, fields: bytes) -> None:
+    def __init__(self, lane: ShmLane, fields: bytes) -> None:
         super().__init__(lane)
-        size = WINDOW * lane.block_bytes + NONCE_BYTES
         try:
             segment = msgspec.msgpack.decode(fields, type=Segment)
             fd = os.open(f"/proc/{segment.pid}/fd/{segment.fd}", os.O_RDWR | os.O_CLOEXEC)
@@ -88,24 +135,19 @@ class _Receiver(StagedReceiver):
         try:
             if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
                 raise LaneUnavailable("the sender's memory could shrink")
-            if os.fstat(fd).st_size != size:
-                raise LaneUnavailable(f"the sender's memory has {os.fstat(fd).st_size} bytes, not {size}")
-            self._memory = _map(fd, size)
+            size = os.fstat(fd).st_size
+            if size != lane.num_bytes:
+                raise LaneUnavailable(f"the sender's memory has {size} bytes, not {lane.num_bytes}")
+            self._mapping = _Mapping(lane, fd)
         except OSError as error:
             raise LaneUnavailable(f"the sender's memory cannot be read here: {error}") from error
         finally:
             os.close(fd)
-        if not hmac.compare_digest(self._memory[-NONCE_BYTES:].numpy().tobytes(), segment.nonce):
+        if not hmac.compare_digest(self._mapping.nonce.tobytes(), segment.nonce):
             raise LaneUnavailable("what lies there is not the sender's memory")
 
     def fetch(self, channel: Channel, block: Block, size: int, limit_s: float) -> Tensor:
-        start = block.index % WINDOW * self.lane.block_bytes
-        return self._memory[start : start + size]
+        return self._mapping.block(block.index, size)
 
     def close(self) -> None:
-        self._memory = torch.empty(0, dtype=torch.uint8)
-
-
-def _map(fd: int, size: int) -> Tensor:
-    """The file as a tensor. Writable for the receiver, too, because torch knows no other kind."""
-    return torch.from_numpy(np.frombuffer(mmap.mmap(fd, size), dtype=np.uint8))
+        self._mapping.close()

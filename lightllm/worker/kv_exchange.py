@@ -1,25 +1,28 @@
 """ExchangingRunner: a runner whose batches also carry orders for a KV transport; and how that is opened.
 
 Keeps the order that makes slots safe: KV may land, or leave, only once all steps are computed that were
-scheduled before, because these may still use the same slots. Runs in the worker's thread.
+scheduled before, because these may still use the same slots. On a device that runs behind the calls the
+transport waits for that, not the worker's thread, in which this runs.
 """
 
 import logging
+from functools import partial
 
 import msgspec
 
 from lightllm.cluster_link import cluster_token
 from lightllm.config import Config
+from lightllm.device.base import Device
 from lightllm.errors import ConfigError
-from lightllm.messages import EngineInfo, KVLayout, ScheduledBatch
+from lightllm.messages import EngineInfo, KVLayout, ScheduledBatch, StepOutput
 from lightllm.model_config import ModelConfig
 from lightllm.transfer import LANES
-from lightllm.transfer.base import Limits, NullTransport, Transport
-from lightllm.transfer.lane import open_lanes
+from lightllm.transfer.base import Endings, Limits, NullTransport, Transport
+from lightllm.transfer.lane import LaneUnavailable, open_lanes
 from lightllm.transfer.link import KVLink
-from lightllm.transfer.plan import HostRows
+from lightllm.transfer.plan import HostRows, KVRows
 from lightllm.transfer.shipment import Node
-from lightllm.worker.model_runner import LaunchedStep, ModelRunner, Runner
+from lightllm.worker.model_runner import LaunchedStep, Runner
 
 logger = logging.getLogger(__name__)
 
@@ -31,17 +34,17 @@ class ExchangingRunner(Runner):
     heard of it: what followed would build on KV that is not there, and other nodes would cache it.
 
     Attributes:
-        runner: if KV really moves, one that has computed a step when its `launch` returns, as on a CPU.
         transport: without one, transfers fail.
     """
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(self, runner: Runner, device: Device) -> None:
         self.runner = runner
+        self.device = device
         self.transport: Transport = NullTransport()
         self._has_failed = False
 
     def launch(self, batch: ScheduledBatch) -> LaunchedStep:
-        """Compute one step between the orders that it must come behind and those that come behind it."""
+        """Launch one step between the orders that it must come behind and those that come behind it."""
         if self._has_failed and not batch.is_restart:
             raise RuntimeError("a step before this one has failed")
         self._has_failed = True
@@ -52,29 +55,33 @@ class ExchangingRunner(Runner):
     def _launch(self, batch: ScheduledBatch) -> LaunchedStep:
         for request_id in batch.kv_cancels:
             self.transport.cancel(request_id)
-        for order in batch.kv_recvs:
-            self.transport.receive(order)
+        if batch.kv_recvs:
+            free = self.device.mark()
+            for order in batch.kv_recvs:
+                self.transport.receive(order, free)
         step = self.runner.launch(batch)
         if batch.kv_sends:
-            output = step.result()
-            step = LaunchedStep(lambda: output)
+            written = self.device.mark()
             for order in batch.kv_sends:
-                first_token_id = None
-                if order.token_ids:
-                    (first_token_id,) = output.token_ids[batch.rows.index(order.row)]
-                self.transport.send(order, first_token_id)
+                self.transport.send(order, written)
         endings = self.transport.poll()
-        if not any(endings):
+        if not batch.kv_sends and not any(endings):
             return step
-        launched = step
-        return LaunchedStep(
-            lambda: msgspec.structs.replace(
-                launched.result(),
-                kv_received=endings.received,
-                kv_sent=endings.sent,
-                kv_failed=endings.failed,
-                kv_transfers=endings.transfers,
-            )
+        return LaunchedStep(partial(self._collect, step, batch, endings))
+
+    def _collect(self, step: LaunchedStep, batch: ScheduledBatch, endings: Endings) -> StepOutput:
+        """Take the result of a step; the KV that led to its tokens may be on its way already."""
+        output = step.result()
+        for order in batch.kv_sends:
+            if order.token_ids:
+                (first_token_id,) = output.token_ids[batch.rows.index(order.row)]
+                self.transport.complete(order.request_id, first_token_id)
+        return msgspec.structs.replace(
+            output,
+            kv_received=endings.received,
+            kv_sent=endings.sent,
+            kv_failed=endings.failed,
+            kv_transfers=endings.transfers,
         )
 
 
@@ -99,14 +106,6 @@ def open_kv_link(
         ConfigError: the device, the transport or the cluster token cannot be used.
         BindError: the address is taken.
     """
-    if not isinstance(exchanging.runner, ModelRunner):
-        raise ConfigError(
-            f"--run_mode {config.server.run_mode} on device {info.device}: KV links of GPUs are not "
-            "implemented in this version; use --device cpu"
-        )
-    chosen = config.pd.kv_transport
-    if chosen != "auto" and chosen not in LANES:
-        raise ConfigError(f"--kv_transport {chosen}: not implemented in this version; use {', '.join(LANES)}")
     layout = KVLayout(
         model_hash=hashes[0],
         tokenizer_hash=hashes[1],
@@ -119,7 +118,12 @@ def open_kv_link(
         tp_size=config.parallel.tp,
         quantization=config.model.quant_type,
     )
-    lanes = open_lanes(LANES if chosen == "auto" else (chosen,), HostRows(exchanging.runner.kv_pool))
+    chosen = config.pd.kv_transport
+    names, reason = _lane_names(config)
+    try:
+        lanes = open_lanes(names, _rows_of(exchanging))
+    except LaneUnavailable as error:
+        raise ConfigError(f"--kv_transport {chosen} cannot be used here: {error}") from error
     node = Node(
         layout=layout,
         token=cluster_token(config.security.cluster_token, config.environment.home),
@@ -130,6 +134,25 @@ def open_kv_link(
     )
     port = config.pd.kv_port + rank if config.pd.kv_port else 0
     link = KVLink(node, config.server.host, port, config.server.advertise_host)
-    logger.info("KV link at %s, by %s (--kv_transport %s)", link.address, " or ".join(lanes.names), chosen)
+    logger.info("KV link at %s, by %s (%s)", link.address, " or ".join(lanes.names), reason)
     exchanging.transport = link
     return msgspec.structs.replace(info, kv_address=link.address, kv_layout=layout, kv_epoch=node.epoch)
+
+
+def _lane_names(config: Config) -> tuple[list[str], str]:
+    """The lanes to open, in their order, and why these."""
+    chosen = config.pd.kv_transport
+    if chosen != "auto":
+        return [chosen], f"--kv_transport {chosen}"
+    if config.environment.kv_trans_use_p2p is False:
+        return [name for name in LANES if name != "p2p"], "--kv_transport auto, KV_TRANS_USE_P2P=0"
+    return list(LANES), "--kv_transport auto"
+
+
+def _rows_of(exchanging: ExchangingRunner) -> KVRows:
+    pool, device = exchanging.runner.kv_pool, exchanging.device
+    if not device.is_async:
+        return HostRows(pool)
+    from lightllm.transfer.device_rows import DeviceRows  # needs triton, which a CPU does not
+
+    return DeviceRows(pool, device)

@@ -43,7 +43,9 @@ class LaunchedStep:
 
 
 class Runner(ABC):
-    """Launches batches in order."""
+    """Launches batches in order; their KV is in `kv_pool`."""
+
+    kv_pool: KVPool
 
     @abstractmethod
     def launch(self, batch: ScheduledBatch) -> LaunchedStep:

@@ -44,8 +44,8 @@ Progress = Callable[[str, int, int], None]
 class Worker:
     """One rank: model, KV pool and row tables."""
 
-    def __init__(self, runner: Runner, info: EngineInfo) -> None:
-        self._runner = ExchangingRunner(runner)
+    def __init__(self, runner: Runner, device: Device, info: EngineInfo) -> None:
+        self._runner = ExchangingRunner(runner, device)
         self._info = info
 
     @classmethod
@@ -106,7 +106,7 @@ class Worker:
             load_s=time.perf_counter() - started,
             attention_backend=backend.name,
         )
-        return cls(_make_runner(config, device, model, backend, pool, max_len, parallel), info)
+        return cls(_make_runner(config, device, model, backend, pool, max_len, parallel), device, info)
 
     def launch(self, batch: ScheduledBatch) -> LaunchedStep:
         """Start one batch; its result may be taken in another thread."""

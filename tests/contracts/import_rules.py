@@ -59,7 +59,7 @@ ALLOWED: Mapping[str, tuple[str, ...]] = MappingProxyType(
         ),
         "attention": ("device", "kernels", "native"),
         "weights": (),
-        "transfer": ("device", "distributed"),
+        "transfer": ("device", "distributed", "kernels"),
         "distributed": ("device", "native"),
         "device": (),
         "kernels": (),

@@ -37,7 +37,10 @@ def test_layout(dtype: torch.dtype) -> None:
         assert not tensor[0].any()
         tensor.fill_(i)
     assert [tensor.mean().item() for tensor in tensors] == [0, 1, 2, 3]  # no two overlap
-    assert pool.num_bytes == sum(tensor.nbytes for tensor in tensors)
+    pool.label.fill_(255)  # behind the last slot, and in nobody's
+    assert [tensor.mean().item() for tensor in tensors] == [0, 1, 2, 3]
+    assert pool.label.data_ptr() == pool.storage.data_ptr() + pool.num_bytes
+    assert pool.num_bytes == pool.storage.nbytes == sum(tensor.nbytes for tensor in tensors)
     assert pool.num_bytes == 10 * kv_bytes_per_token(config(2), dtype)
 
 

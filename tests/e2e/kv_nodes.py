@@ -172,11 +172,11 @@ class Pair:
         self.prefill.send(EngineRequest(request_id=f"{name}p", send_kv_to=target, **leg, **fields))
         return name
 
-    def start_in_transfer(self, prompt, params):
+    def start_in_transfer(self, prompt, params, num_chunks=3):
         """Begin, and wait until KV of the first chunks leaves, long before the last is computed."""
         num_steps = self.prefill.num_steps
         name = self.start(prompt, params)
-        self.prefill.wait(lambda: self.prefill.num_steps >= num_steps + 3)
+        self.prefill.wait(lambda: self.prefill.num_steps >= num_steps + num_chunks)
         return name
 
     def finish(self, name, limit_s=60.0):

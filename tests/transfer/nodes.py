@@ -1,16 +1,20 @@
 """Two ends of a KV link for tests, in this process or, run as a program, the sender in one of its own.
 
-python -m tests.transfer.nodes LANE ADDRESS TARGET_EPOCH     ships half of a request, then waits
+python -m tests.transfer.nodes LANE PLACE ADDRESS TARGET_EPOCH     ships half of a request, then waits
+python -m tests.transfer.nodes offer NUM_SLOTS                     prints a p2p offer, then waits
 """
 
 import itertools
 import os
 import sys
+import threading
 import time
 
 import numpy as np
 import torch
 
+from lightllm.device.base import Moment, PastMoment, make_device
+from lightllm.device.device import CpuDevice
 from lightllm.device.kv_pool import KVPool
 from lightllm.messages import KVLayout, KVSource, KVTarget, KVTransferOrder
 from lightllm.model_config import ModelConfig
@@ -52,27 +56,113 @@ LAYOUT = KVLayout(
 )
 
 
-class End:
-    """One node: a pool with numbers in it, and its link."""
+class Gate(Moment):
+    """A moment that the device reaches when the test says so."""
 
-    def __init__(self, lanes=("shm", "tcp"), *, epoch, seed, token=TOKEN, layout=LAYOUT, limits=LIMITS):
-        self.pool = KVPool(MODEL, NUM_SLOTS, torch.float32)
+    def __init__(self):
+        self.is_past = threading.Event()
+
+    def wait(self):
+        assert self.is_past.wait(10)
+
+
+class InterpretedDevice(CpuDevice):
+    """A CPU on which one thread at a time runs kernels: Triton's interpreter knows no more."""
+
+    LOCK = threading.Lock()
+
+    def side_queue(self):
+        return self.LOCK
+
+
+def open_rows(pool, place):
+    """The rows of a pool on a host, or of one that kernels pack: interpreted, or on a GPU."""
+    if place == "host":
+        return HostRows(pool)
+    from lightllm.transfer.device_rows import DeviceRows
+
+    return DeviceRows(pool, make_device("cuda") if place == "gpu" else InterpretedDevice())
+
+
+class End:
+    """One node: a pool with numbers in it, and its link. Tests may have it in another process (remote.py).
+
+    Args:
+        place: host, interpreted or gpu: where the pool is and what packs it.
+    """
+
+    def __init__(
+        self,
+        lanes=("shm", "tcp"),
+        *,
+        epoch,
+        seed,
+        token=TOKEN,
+        layout=LAYOUT,
+        limits=LIMITS,
+        place="host",
+        num_slots=NUM_SLOTS,
+    ):
+        self.pool = KVPool(MODEL, num_slots, torch.float32, "cuda" if place == "gpu" else "cpu")
         torch.manual_seed(seed)
-        for tensor in (*self.pool.k, *self.pool.v):
-            tensor.normal_()
+        self.pool.storage.normal_()
         self.node = Node(
             layout=layout,
             token=token,
             epoch=epoch,
-            lanes=open_lanes(lanes, HostRows(self.pool), BLOCK_BYTES),
+            lanes=open_lanes(lanes, open_rows(self.pool, place), BLOCK_BYTES),
             limits=limits,
         )
         self.link = KVLink(self.node, "127.0.0.1", 0)
         self.endings = Endings([], [], [], [])
+        self.gates = []
+
+    def address(self):
+        return self.link.address
+
+    def offer(self, lane="p2p"):
+        """What a sender of this lane says to receivers."""
+        return self.node.lanes.take_sender(lane).offer()
 
     def kv(self, slots):
-        """[2 * layers, n, heads, head_dim] of these slots."""
-        return torch.stack([tensor[slots] for tensor in (*self.pool.k, *self.pool.v)])
+        """[2, layers, n, heads, head_dim] of these slots."""
+        return self.pool.storage[:, :, slots].cpu().numpy()
+
+    def change(self, slots):
+        """Write other numbers into these slots, as a step does."""
+        self.pool.storage[:, :, slots] += 1
+        if self.pool.storage.is_cuda:
+            torch.cuda.synchronize()
+
+    def gate(self):
+        """Make a gate; its number."""
+        self.gates.append(Gate())
+        return len(self.gates) - 1
+
+    def open(self, gate):
+        """The device has come to this moment."""
+        self.gates[gate].is_past.set()
+
+    def send(self, order, first_token_id=None, gate=None):
+        """Send an order behind a gate, and the first token with the last one."""
+        self.link.send(order, PastMoment() if gate is None else self.gates[gate])
+        if first_token_id is not None:
+            self.link.complete(order.request_id, first_token_id)
+
+    def receive(self, order, gate=None):
+        self.link.receive(order, PastMoment() if gate is None else self.gates[gate])
+
+    def complete(self, request_id, first_token_id):
+        self.link.complete(request_id, first_token_id)
+
+    def cancel(self, request_id):
+        self.link.cancel(request_id)
+
+    def poll(self):
+        return self.link.poll()
+
+    def close(self):
+        self.link.close()
 
     def wait(self, count=1, limit_s=5.0):
         """Poll until so many transfers have ended; all endings so far."""
@@ -140,9 +230,15 @@ def _fields(order):
 
 
 def main() -> None:
-    lane, address, epoch = sys.argv[1:]
-    end = End((lane,), epoch=SOURCE_EPOCH, seed=1)
-    end.link.send(Request().orders(address, 50, epoch=int(epoch))[0], None)
+    if sys.argv[1] == "offer":
+        end = End(("p2p",), epoch=SOURCE_EPOCH, seed=1, place="gpu", num_slots=int(sys.argv[2]))
+        torch.cuda.synchronize()
+        print(end.offer().hex(), flush=True)
+        sys.stdin.read()
+        os._exit(0)
+    lane, place, address, epoch = sys.argv[1:]
+    end = End((lane,), epoch=SOURCE_EPOCH, seed=1, place=place)
+    end.send(Request().orders(address, 50, epoch=int(epoch))[0])
     sys.stdin.read()
     os._exit(0)
 

@@ -1,0 +1,116 @@
+"""DeviceRows: a KV pool in a device's memory, whose rows are packed and unpacked by kernels.
+
+The work runs in queues beside that of steps, one for each of a few threads at a time, and has been done on
+the device when a call returns: only the transfer's thread waits for it. Needs triton.
+"""
+
+import queue
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightllm.device.base import Device
+from lightllm.device.kv_pool import KVPool
+from lightllm.errors import KVTransferError
+from lightllm.kernels.kv_rows import copy_rows, pull_rows, word_type
+from lightllm.transfer.plan import KVRows
+
+NUM_QUEUES = 4
+
+
+class _Queue:
+    """A queue of work, and memory of the device for what is copied in it to or from the host."""
+
+    def __init__(self, entered: AbstractContextManager[object]) -> None:
+        self.entered = entered
+        self._scratch: Tensor | None = None
+
+    def scratch(self, size: int, device: torch.device) -> Tensor:
+        if self._scratch is None or self._scratch.numel() < size:
+            self._scratch = torch.empty(size, dtype=torch.uint8, device=device)
+        return self._scratch[:size]
+
+
+class DeviceRows(KVRows):
+    """See the module. More threads than NUM_QUEUES wait for each other."""
+
+    def __init__(self, pool: KVPool, device: Device) -> None:
+        super().__init__(pool)
+        self._device = device
+        self._words = word_type(self.row_bytes)
+        self._rows = self._as_rows(pool.storage.view(-1).view(torch.uint8), pool.num_slots)
+        self._queues: queue.SimpleQueue[_Queue] = queue.SimpleQueue()
+        for _ in range(NUM_QUEUES):
+            self._queues.put(_Queue(device.side_queue()))
+
+    def pack(self, slots: np.ndarray, block: Tensor) -> None:
+        size = len(slots) * self.token_bytes
+        with self._work() as work:
+            is_direct = block.device == self.device
+            target = block[:size] if is_direct else work.scratch(size, self.device)
+            copy_rows(self._rows, self._upload(slots), self._as_rows(target, len(slots)), None)
+            if not is_direct:
+                block[:size].copy_(target, non_blocking=True)
+
+    def unpack(self, slots: np.ndarray, block: Tensor) -> None:
+        with self._work() as work:
+            source = block
+            if block.device != self.device:
+                source = work.scratch(block.numel(), self.device)
+                source.copy_(block, non_blocking=True)
+            copy_rows(self._as_rows(source, len(slots)), None, self._rows, self._upload(slots))
+
+    def pull(self, address: int, num_slots: int, source_slots: np.ndarray, slots: np.ndarray) -> None:
+        """Copy slots of another pool, [n] int64, into slots of this one.
+
+        Args:
+            address: where that pool's storage of `num_slots` begins, readable by this device.
+        """
+        with self._work():
+            source, target = self._upload(source_slots), self._upload(slots)
+            pull_rows(address, num_slots, source, self._rows, target)
+
+    def read(self, address: int, size: int) -> bytes:
+        """The bytes at an address that is readable by this device."""
+        with self._work() as work:
+            found = work.scratch(size, self.device)
+            pull_rows(address, 1, self._upload(np.zeros(1, dtype=np.int64)), found.view(1, 1, size), None)
+            return found.cpu().numpy().tobytes()
+
+    def host_memory(self, size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.uint8, pin_memory=self._device.is_async)
+
+    def pin(self, memory: Tensor) -> None:
+        self._device.pin(memory)
+
+    def unpin(self, memory: Tensor) -> None:
+        self._device.unpin(memory)
+
+    @contextmanager
+    def _work(self) -> Iterator[_Queue]:
+        """Take a queue, call for work in it, and wait until that is done.
+
+        Raises:
+            KVTransferError: the device has failed, or has no memory left.
+        """
+        work = self._queues.get()
+        try:
+            with work.entered:
+                try:
+                    yield work
+                finally:
+                    self._device.mark().wait()
+        except RuntimeError as error:
+            raise KVTransferError(f"moving KV on {self._device.label}: {error}") from error
+        finally:
+            self._queues.put(work)
+
+    def _upload(self, slots: np.ndarray) -> Tensor:
+        return torch.from_numpy(slots).to(self.device)  # the device's own way of uploading is for steps
+
+    def _as_rows(self, memory: Tensor, num_rows: int) -> Tensor:
+        """[num_tensors, num_rows, row] words."""
+        return memory.view(self._words).view(self.token_bytes // self.row_bytes, num_rows, -1)
