@@ -221,10 +221,10 @@ class Dialling:
 
     async def _attempt(self, closed: "asyncio.Future[str]") -> None:
         """One connection up to the end of the handshake."""
+        dialer = self._make_dialer()  # before there is a connection: it may have nothing to offer
         socket = await web_socket.connect(self.host, self.port, self.path, MAX_HANDSHAKE_BYTES)
         opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         link = self._link = Link(socket, self._owner)
-        dialer = self._make_dialer()
         link_closed = socket.on_closed
 
         def on_closed(reason: str) -> None:

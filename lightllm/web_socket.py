@@ -256,7 +256,7 @@ def _masked(payload: bytes, mask: bytes) -> bytes:
 
 
 def _replay(socket: WebSocket, messages: list[bytes]) -> None:
-    for message in messages:
+    for message in tuple(messages):  # a caller that has set nothing appends to this list
         socket.on_message(message)
 
 

@@ -45,6 +45,7 @@ from lightllm.node_link import Dialling, Link
 logger = logging.getLogger(__name__)
 
 INSPECT_LIMIT_S = 0.8
+ENGINE_CHECK_S = 1.0
 
 
 class NodeAgent:
@@ -81,6 +82,8 @@ class NodeAgent:
         self.kv_totals: Callable[[], list[KVTotals]] = list
         self._wanted: set[tuple[str, int]] = set()
         self._masters: dict[tuple[str, int], _MasterLink] = {}
+        self._fault: str | None = None
+        self._watching = asyncio.get_running_loop().create_task(self._watch_engine(), name="engine-watch")
         engine.on_kv_reserved = self._on_kv_reserved
 
     @property
@@ -126,9 +129,7 @@ class NodeAgent:
 
     def engine_changed(self) -> None:
         """The engine has gone or come: masters must not count on what they know of it."""
-        for master in self._masters.values():
-            if master.link is not None:
-                master.link.close("the engine of this node has changed")
+        self._close_links("the engine of this node has changed")
 
     def drain(self) -> None:
         """Tell all masters to send nothing new."""
@@ -138,6 +139,7 @@ class NodeAgent:
 
     def leave(self, reason: str) -> None:
         """Say good-bye to all masters and dial no more."""
+        self._watching.cancel()
         for master in self._masters.values():
             if master.link is not None:
                 master.link.send(Bye(reason=reason))
@@ -148,9 +150,11 @@ class NodeAgent:
         """Who we are, for a hello.
 
         Raises:
-            LightLLMError: no engine is up, so there is nothing to offer.
+            LightLLMError: no engine is up, or it hangs, so there is nothing to offer.
         """
         self.engine.require_up()
+        if self._fault is not None:
+            raise LightLLMError(self._fault, code="engine_down")
         info = self.engine.info
         assert info is not None
         record = NodeRecord(
@@ -161,6 +165,21 @@ class NodeAgent:
             layout=info.kv_layout,
         )
         return Registration(record=record, info=info, version=self.version)
+
+    async def _watch_engine(self) -> None:
+        """An engine that hangs makes the node as good as lost: its masters hear of it by their links' end."""
+        while True:
+            await asyncio.sleep(ENGINE_CHECK_S)
+            fault = await self.engine.find_fault() if self.engine.info is not None else None
+            if fault is not None and self._fault is None:
+                logger.error("%s: links to pd_masters are closed until it answers", fault)
+                self._close_links(fault)
+            self._fault = fault
+
+    def _close_links(self, reason: str) -> None:
+        for master in self._masters.values():
+            if master.link is not None:
+                master.link.close(reason)
 
     def _on_kv_reserved(self, message: KVReserved) -> None:
         for master in self._masters.values():

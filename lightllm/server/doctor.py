@@ -9,18 +9,14 @@ import os
 import platform
 import re
 import shutil
-import socket
-import stat
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import msgspec
 
 from lightllm import __version__
-from lightllm.addresses import split_addresses
 from lightllm.cli import parse, wants
 from lightllm.config import Config, config_from
 from lightllm.env import Environment, read_environment
@@ -28,6 +24,8 @@ from lightllm.errors import LightLLMError, ModelLoadError
 from lightllm.flag import Arguments
 from lightllm.resolution import resolve
 from lightllm.server import machine
+from lightllm.server.doctor_cluster import check_peers, check_token
+from lightllm.server.finding import FAIL, OK, WARN, Case, Check, Finding
 from lightllm.server.model_files import (
     describe_files,
     load_tokenizer,
@@ -35,11 +33,9 @@ from lightllm.server.model_files import (
     looks_like_hub_id,
 )
 
-OK, WARN, FAIL = "ok", "warn", "fail"
 GIB = 1024**3
 LEAST_FREE_MEMORY = 2 * GIB
 LEAST_SHARED_MEMORY = 256 * 1024**2
-PEER_TIMEOUT_S = 2.0
 TORCH_TIMEOUT_S = 120.0
 TORCH_PROBE = (
     "import torch; c = torch.cuda; n = c.device_count() if c.is_available() else 0; "
@@ -63,35 +59,12 @@ failed.
 """
 
 
-class Finding(msgspec.Struct, frozen=True):
-    """One line: `status` is ok, warn or fail; `remedy` says what to do, empty if nothing."""
-
-    name: str
-    status: str
-    text: str
-    remedy: str = ""
-
-    def __str__(self) -> str:
-        remedy = f"; {self.remedy}" if self.remedy else ""
-        return f"{self.status:<5} {self.name:<14} {self.text}{remedy}"
-
-
 class Report(msgspec.Struct):
     """What `--json` prints."""
 
     ok: bool
     version: str
     checks: list[Finding]
-
-
-class Case(NamedTuple):
-    """What every check may look at."""
-
-    config: Config
-    environ: Mapping[str, str]
-
-
-Check = Callable[[Case], Iterator[Finding]]
 
 
 # ---------------------------------------------------------------- flags
@@ -112,7 +85,7 @@ def read_flags(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Case, l
         config = resolution.config
         findings = [Finding("flags", WARN, warning) for warning in resolution.warnings]
         findings = findings or [Finding("flags", OK, f"{len(args.values)} given, all usable")]
-    return Case(config, environ), findings
+    return Case(config, environ, args.spelled), findings
 
 
 # ---------------------------------------------------------------- machine and packages
@@ -288,7 +261,7 @@ def _weight_bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-# ---------------------------------------------------------------- addresses, token, peers
+# ---------------------------------------------------------------- address
 
 
 def check_port(case: Case) -> Iterator[Finding]:
@@ -304,59 +277,6 @@ def check_port(case: Case) -> Iterator[Finding]:
     else:
         remedy = "end the program that listens there, or choose another --port (0: a free one)"
         yield Finding("port", FAIL, f"{host}:{port} cannot be bound", remedy)
-
-
-def check_token(case: Case) -> Iterator[Finding]:
-    """The file of the cluster token: other users must not read it."""
-    if case.config.security.cluster_token:
-        yield Finding("cluster token", OK, "given by flag or environment")
-        return
-    path = Path(case.config.environment.home).expanduser() / "cluster_token"
-    try:
-        status = path.stat()
-    except FileNotFoundError:
-        yield Finding("cluster token", OK, f"{path} will be made when it is first needed")
-        return
-    except OSError as error:
-        yield Finding("cluster token", FAIL, f"{path}: {error.strerror}", "check the folder's permissions")
-        return
-    mode = stat.S_IMODE(status.st_mode)
-    if status.st_uid != os.getuid():
-        yield Finding("cluster token", FAIL, f"{path} belongs to another user", "set LIGHTLLM_HOME")
-    elif mode & 0o077:
-        yield Finding("cluster token", FAIL, f"{path} has mode {mode:04o}, allowed 0600", f"chmod 600 {path}")
-    else:
-        yield Finding("cluster token", OK, f"{path}, mode {mode:04o}")
-
-
-def check_peers(case: Case) -> Iterator[Finding]:
-    """Other nodes that the flags name. One that is not up yet is a warning only: nodes wait for others."""
-    config = case.config
-    peers: list[tuple[str, str | None, int | None]] = []
-    if config.server.run_mode in ("prefill", "decode"):
-        peers.append(("pd_master", config.pd.pd_master_ip, config.pd.pd_master_port))
-    if config.server.run_mode != "config_server":
-        directory = config.config_server
-        peers.append(("config_server", directory.config_server_host, directory.config_server_port))
-    elif config.config_server.config_server_store != "memory":
-        addresses = split_addresses(config.config_server.config_server_store.removeprefix("etcd://"))
-        peers += [("etcd", host, port) for host, port in addresses]
-    if config.parallel.node_rank:
-        peers.append(("rank 0", config.parallel.nccl_host, config.parallel.multinode_port))
-    for name, host, port in peers:
-        if host and port:
-            yield _peer(name, host, port)
-
-
-def _peer(name: str, host: str, port: int) -> Finding:
-    try:
-        with socket.create_connection((host, port), timeout=PEER_TIMEOUT_S):
-            return Finding(name, OK, f"{host}:{port} answers")
-    except socket.gaierror as error:
-        return Finding(name, FAIL, f"{host}: {error.strerror}", "correct the name or use an address")
-    except OSError as error:
-        reason = error.strerror or f"no answer in {PEER_TIMEOUT_S:g} s"
-        return Finding(name, WARN, f"{host}:{port}: {reason}", "start it, and let a firewall pass this port")
 
 
 # ---------------------------------------------------------------- the whole

@@ -1,10 +1,17 @@
 """What a node sends to its master: everything, however large, and an error for what cannot be sent."""
 
+import asyncio
+
+import msgspec
+import pytest
+
+from lightllm.frontend import node_agent
 from lightllm.frontend.node_agent import NodeAgent
 from lightllm.frontend.node_directory import Node
 from lightllm.messages import RequestOutput, TokenLogprobs
 from tests.fakes import FakeEngineClient
-from tests.pd.harness import TOKEN, Cluster, run, until
+from tests.pd.fake_node import LAYOUT
+from tests.pd.harness import TOKEN, Cluster, expected, run, until
 
 # About 1 KiB as msgpack.
 ENTRY = TokenLogprobs(logprob=-1.0, top_ids=[300] * 80, top_logprobs=[-1.0] * 80)
@@ -39,6 +46,44 @@ def test_outputs_take_as_many_frames_as_they_need() -> None:
         assert found["d"].error is not None
         assert "too large for the link" in found["d"].error.message
         assert agent.is_registered
+        agent.leave("the test ends")
+
+    run(test)
+
+
+def test_a_node_whose_engine_hangs_is_lost_until_it_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node_agent, "ENGINE_CHECK_S", 0.05)
+
+    async def test(cluster: Cluster) -> None:
+        cluster.start("decode", "other")
+        await cluster.wait_for("other")
+        info = FakeEngineClient().info
+        assert info is not None
+        engine = FakeEngineClient(info=msgspec.structs.replace(info, kv_layout=LAYOUT))
+        engine.resumed.clear()
+        agent = NodeAgent(
+            engine,  # type: ignore[arg-type]
+            TOKEN.encode(),
+            node_id="hangs",
+            epoch=1,
+            role="decode",
+            address="x:1",
+        )
+        agent.follow({("127.0.0.1", cluster.port)})
+        await cluster.wait_for("other", "hangs")
+        waiting = [asyncio.create_task(cluster.generate(f"prompt {i}", 9)) for i in range(6)]
+        await until(lambda: bool(engine.requests))
+        engine.fault = "engine: no answer for 6 s"
+        replies = await asyncio.gather(*waiting)
+        assert [reply.json()["generated_text"] for reply in replies] == [
+            [expected(f"prompt {i}", 9)] for i in range(6)
+        ]
+        assert [node.node_id for node in cluster.router.directory.all()] == ["other"]
+        assert len(engine.aborted) == len(engine.requests)
+        (state,) = agent.states()
+        assert "engine: no answer for 6 s" in state
+        engine.fault = None
+        await cluster.wait_for("other", "hangs")
         agent.leave("the test ends")
 
     run(test)

@@ -247,6 +247,37 @@ def test_a_silent_node_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     run(test)
 
 
+def test_a_caller_that_hears_nothing_yet_stops_nobody() -> None:
+    """The challenge comes in one piece with the answer to the upgrade, and nobody has asked for it."""
+
+    async def test(cluster: Cluster) -> None:
+        sockets = [await connect("127.0.0.1", cluster.port, REGISTER_PATH, 65536) for _ in range(20)]
+        await asyncio.sleep(0.1)
+        assert (await cluster.client.get("/health")).status_code == 200
+        for socket in sockets:
+            socket.abort("done")
+
+    run(test)
+
+
+def test_a_node_that_has_nothing_to_offer_dials_again() -> None:
+    async def test(cluster: Cluster) -> None:
+        faults = ["the engine hangs"] * 3
+        detail = msgspec.msgpack.encode(registration("late"))
+
+        def dialer() -> Dialer:
+            if faults:
+                raise TimeoutError(faults.pop())
+            return Dialer(TOKEN.encode(), REGISTER_PURPOSE, "late", 5, detail)
+
+        dialling = Dialling("127.0.0.1", cluster.port, REGISTER_PATH, Owner(), dialer, "pd_master")
+        await until(lambda: "the engine hangs" in dialling.state)
+        await cluster.wait_for("late")
+        dialling.stop("done")
+
+    run(test)
+
+
 def test_a_master_speaks_first_and_only_a_real_one_is_believed() -> None:
     async def test(cluster: Cluster) -> None:
         socket, heard, _ = await open_socket(cluster)

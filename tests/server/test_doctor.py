@@ -194,45 +194,6 @@ def test_the_port(listener):
     assert only(doctor.check_port, case("--port", "0")).status == OK
 
 
-@pytest.mark.parametrize(("mode", "status"), [(0o600, OK), (0o400, OK), (0o640, FAIL), (0o604, FAIL)])
-def test_the_mode_of_the_token_file(tmp_path, mode, status):
-    path = tmp_path / "cluster_token"
-    path.write_text("secret")
-    path.chmod(mode)
-    finding = only(doctor.check_token, case(LIGHTLLM_HOME=str(tmp_path)))
-    assert finding.status == status
-    assert "secret" not in str(finding)
-    assert finding.remedy == ("" if status == OK else f"chmod 600 {path}")
-
-
-def test_no_token_file_yet(tmp_path):
-    assert only(doctor.check_token, case(LIGHTLLM_HOME=str(tmp_path))).status == OK
-
-
-def test_peers_are_asked_only_when_flags_name_them(listener):
-    assert list(doctor.check_peers(case())) == []
-    flags = ["--run_mode", "prefill", "--pd_master_ip", "127.0.0.1", "--pd_master_port", str(listener)]
-    made, _ = doctor.read_flags(flags, {})
-    finding = only(doctor.check_peers, made)
-    assert (finding.name, finding.status) == ("pd_master", OK)
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        flags[-1] = str(unused.getsockname()[1])
-        made, _ = doctor.read_flags(flags, {})
-        finding = only(doctor.check_peers, made)
-    assert finding.status == WARN
-    assert "refused" in finding.text.lower()
-
-
-def test_each_member_of_an_etcd_is_asked(listener):
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        store = f"etcd://127.0.0.1:{listener},127.0.0.1:{unused.getsockname()[1]}"
-        where = ("--config_server_host", "127.0.0.1", "--config_server_port", "60088")
-        given = case("--run_mode", "config_server", *where, "--config_server_store", store)
-        assert [(f.name, f.status) for f in doctor.check_peers(given)] == [("etcd", OK), ("etcd", WARN)]
-
-
 def answers(*findings):
     return tuple(lambda given, finding=finding: iter([finding]) for finding in findings)
 
