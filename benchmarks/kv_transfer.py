@@ -1,7 +1,7 @@
 """How fast KV moves between two engines of one machine, and how late an idle one notices.
 
     python benchmarks/kv_transfer.py [--device cuda] [--shapes qwen2-7b,llama2-7b] [--lengths 1024,8192]
-                                     [--lanes p2p,shm,tcp] [--repeat 5] [--out FILE.json]
+                                     [--lanes p2p,shm,nixl,tcp] [--repeat 5] [--out FILE.json]
 
 Two processes with KV pools and no model; with --device cuda both on the first GPU, unless
 CUDA_VISIBLE_DEVICES lists two: then the receiver is on the second. For each lane and length: bytes per second
@@ -31,7 +31,7 @@ from lightllm.messages import KVLayout, KVSource, KVTarget, KVTransferOrder
 from lightllm.model_config import ModelConfig
 from lightllm.transfer import LANES
 from lightllm.transfer.base import Limits
-from lightllm.transfer.lane import open_lanes
+from lightllm.transfer.lane import LaneUnavailable, open_lanes
 from lightllm.transfer.link import KVLink
 from lightllm.transfer.plan import HostRows
 from lightllm.transfer.shipment import Node
@@ -46,8 +46,8 @@ NUM_SLOTS = 16_384
 POLL_S = 0.002
 TOKEN = b"a token for measurements only"
 DEFAULTS = {
-    "cpu": {"shapes": "smollm2-135m", "lengths": "128,1024,8192", "lanes": "shm,tcp"},
-    "cuda": {"shapes": "qwen2-7b,llama2-7b", "lengths": "1024,8192", "lanes": "p2p,shm,tcp"},
+    "cpu": {"shapes": "smollm2-135m", "lengths": "128,1024,8192", "lanes": "shm,nixl,tcp"},
+    "cuda": {"shapes": "qwen2-7b,llama2-7b", "lengths": "1024,8192", "lanes": "p2p,shm,nixl,tcp"},
 }
 
 
@@ -172,10 +172,14 @@ def measure(
     lane: str, device_name: str, shape: str, lengths: list[int], repeat: int
 ) -> list[dict[str, object]]:
     """All lengths over one lane."""
+    try:
+        link = open_link(lane, device_name, shape, 1)
+    except LaneUnavailable as error:
+        print(f"{shape} {lane}: left out: {error}", file=sys.stderr, flush=True)
+        return [{"shape": shape, "lane": lane, "left_out": str(error)}]
     peer = receiver(lane, device_name, shape)
     assert peer.stdin is not None
     assert peer.stdout is not None
-    link = open_link(lane, device_name, shape, 1)
     address = peer.stdout.readline().strip()
     entries = []
     for count in lengths:

@@ -254,7 +254,6 @@ class PDSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             "auto = the first that a pair can use of p2p, shm, nixl, tcp",
             stage="P",
             choices=("auto", "shm", "p2p", "nixl", "tcp"),
-            choice_stages=(("nixl", "-"),),
         ),
     ] = "auto"
     kv_port: Annotated[

@@ -12,6 +12,7 @@ LANES: Mapping[str, str] = MappingProxyType(
     {
         "p2p": "lightllm.transfer.p2p:P2PLane",
         "shm": "lightllm.transfer.shm:ShmLane",
+        "nixl": "lightllm.transfer.nixl:NixlLane",
         "tcp": "lightllm.transfer.tcp:TcpLane",
     }
 )

@@ -119,6 +119,23 @@ class Lane(ABC):
             LaneUnavailable: it cannot be used between these two.
         """
 
+    @staticmethod
+    def check_worth() -> None:
+        """Called before the lane is opened beside others, by `--kv_transport auto`.
+
+        Raises:
+            LaneUnavailable: a later one in the list does better here.
+        """
+        return
+
+    def start(self) -> None:
+        """Called when the lane is the only one: do now what otherwise waits for the first transfer.
+
+        Raises:
+            LaneUnavailable: it does not work.
+        """
+        return
+
     def close(self) -> None:
         """Give up what transfers share; all ends are closed."""
         return
@@ -214,12 +231,17 @@ def open_lanes(names: Iterable[str], rows: KVRows, block_bytes: int | None = Non
         LaneUnavailable: it can use none of them.
     """
     lanes: dict[str, Lane] = {}
-    reasons = []
+    reasons, names = [], tuple(names)
     for name in names:
         module, _, attribute = LANES[name].partition(":")
         lane: type[Lane] = getattr(importlib.import_module(module), attribute)
         try:
-            lanes[name] = lane(rows, block_bytes)
+            if len(names) > 1:
+                lane.check_worth()
+            opened = lane(rows, block_bytes)
+            if len(names) == 1:
+                opened.start()
+            lanes[name] = opened
         except LaneUnavailable as error:
             reasons.append(f"{name}: {error}")
             logger.info("KV link: no lane %s", reasons[-1])

@@ -40,6 +40,8 @@ PLACES = {"host": (), "interpreted": INTERPRETED, "gpu": pytest.mark.gpu}
 )
 def way(request):
     """A lane, and where the pools of both nodes are."""
+    if request.param[0] == "nixl" and importlib.util.find_spec("nixl") is None:
+        pytest.skip("nixl is not installed (the extra lightllm[pd])")
     return request.param
 
 
