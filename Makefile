@@ -42,7 +42,7 @@ test: $(DEV_INSTALLED) ## set up if needed, then run all tests (ARGS="-k radix" 
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
 
 drill: $(DEV_INSTALLED) ## nodes of a PD cluster killed, frozen and replaced under 64 streams, for 5 minutes
-	DRILL_S=300 DRILL_STREAMS=64 $(BIN)/python -m pytest -q -s -n 0 tests/pd/test_drill.py $(ARGS)
+	$(BIN)/python benchmarks/pd_drill.py --seconds 300 --streams 64 $(ARGS)
 
 check: $(DEV_INSTALLED) ## formatting, lint, types and the contract tests
 	$(BIN)/ruff format --check .

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -115,6 +116,13 @@ class Server:
                 assert stream is not None
                 stream.close()
         return code
+
+
+def free_port() -> int:
+    """One that nobody has at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def stream_events(reply: httpx.Response) -> Iterator[dict[str, object]]:

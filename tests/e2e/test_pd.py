@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.e2e.conftest import Server, stream_events
+from tests.e2e.conftest import Server, free_port, stream_events
 
 NODE = ("--max_total_token_num", "4096", "--max_req_total_len", "2048")
 # Nobody of these ends in a near-tie of SmolLM2 in float32.
@@ -260,14 +260,6 @@ def test_two_masters_that_nodes_find_by_a_config_server(tmp_path: Path, tiny_mod
     finally:
         codes = [server.stop() for server in reversed(servers)]
     assert codes == [0] * len(codes)
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def test_another_cluster_token_is_refused_on_both_sides(tmp_path: Path, tiny_model: str, start) -> None:
