@@ -77,6 +77,7 @@ class FakeEngineClient:
             raise CapacityError("the model is loading", code="loading", retry_after_s=5)
 
     def submit(self, request: EngineRequest, sink: OutputSink) -> None:
+        self.require_up()
         self.requests.append(request)
         self._live[request.request_id] = asyncio.get_running_loop().create_task(self._run(request, sink))
 

@@ -127,9 +127,9 @@ class NodeAgent:
                 del self._masters[address]
                 master.stop("this pd_master is not listed any more")
 
-    def engine_changed(self) -> None:
+    def engine_changed(self, how: str) -> None:
         """The engine has gone or come: masters must not count on what they know of it."""
-        self._close_links("the engine of this node has changed")
+        self._close_links(f"the engine of this node {how}")
 
     def drain(self) -> None:
         """Tell all masters to send nothing new."""

@@ -199,10 +199,11 @@ class NodeDirectory:
         """The prefill node that will have computed this prompt first.
 
         That is the one with the fewest tokens to go: what waits there, and what its cache lacks of this
-        prompt. A long cached prefix wins unless its node is that far behind.
+        prompt. A long cached prefix wins unless its node is that far behind. None if all are to be avoided:
+        a decode node does without.
         """
         fitting = [node for node in self.of_role("prefill") if node.fits(num_tokens)]
-        candidates = [node for node in fitting if node.node_id not in avoid] or fitting
+        candidates = [node for node in fitting if node.node_id not in avoid]
 
         def work(node: Node) -> tuple[int, int]:
             waiting = max(node.queued_tokens, node.reported_queue_tokens)

@@ -92,7 +92,7 @@ class NodeRole(LocalRole):
     def engine_up(self, up: EngineUp) -> None:
         super().engine_up(up)
         assert self.agent is not None, "start comes first"
-        self.agent.engine_changed()
+        self.agent.engine_changed("is a new one")
         # Not before: what is announced is what the engine says of itself.
         pd, directory = self._config.pd, self._config.config_server
         if pd.pd_master_ip is not None:
@@ -103,6 +103,11 @@ class NodeRole(LocalRole):
             address = directory.config_server_host, directory.config_server_port
             name, epoch = self.agent.node_id, self._epoch
             self._watch = MasterWatch(*address, self._token, name, epoch, self.agent.follow)
+
+    def engine_down(self, down: EngineDown) -> None:
+        super().engine_down(down)
+        assert self.agent is not None, "start comes first"
+        self.agent.engine_changed(f"is down: {down.reason}")
 
     def begin_drain(self) -> None:
         if self.agent is not None:

@@ -22,6 +22,13 @@ def output(request_id: str, num_kib: int) -> RequestOutput:
     return RequestOutput(request_id=request_id, new_token_ids=[1], prompt_logprobs=entries)
 
 
+def fitting_engine() -> FakeEngineClient:
+    """One that may stand beside the fake nodes."""
+    info = FakeEngineClient().info
+    assert info is not None
+    return FakeEngineClient(info=msgspec.structs.replace(info, kv_layout=LAYOUT))
+
+
 def test_outputs_take_as_many_frames_as_they_need() -> None:
     async def test(cluster: Cluster) -> None:
         frames: list[list[RequestOutput]] = []
@@ -57,9 +64,7 @@ def test_a_node_whose_engine_hangs_is_lost_until_it_answers(monkeypatch: pytest.
     async def test(cluster: Cluster) -> None:
         cluster.start("decode", "other")
         await cluster.wait_for("other")
-        info = FakeEngineClient().info
-        assert info is not None
-        engine = FakeEngineClient(info=msgspec.structs.replace(info, kv_layout=LAYOUT))
+        engine = fitting_engine()
         engine.resumed.clear()
         agent = NodeAgent(
             engine,  # type: ignore[arg-type]
@@ -84,6 +89,30 @@ def test_a_node_whose_engine_hangs_is_lost_until_it_answers(monkeypatch: pytest.
         assert "engine: no answer for 6 s" in state
         engine.fault = None
         await cluster.wait_for("other", "hangs")
+        agent.leave("the test ends")
+
+    run(test)
+
+
+def test_a_single_prefill_node_that_takes_nothing_is_done_without() -> None:
+    async def test(cluster: Cluster) -> None:
+        cluster.start("decode", "d1")
+        engine = fitting_engine()
+        agent = NodeAgent(
+            engine,  # type: ignore[arg-type]
+            TOKEN.encode(),
+            node_id="p1",
+            epoch=1,
+            role="prefill",
+            address="x:1",
+        )
+        agent.follow({("127.0.0.1", cluster.port)})
+        await cluster.wait_for("d1", "p1")
+        for node in cluster.router.directory.all():  # nothing is known against the pair
+            cluster.router.probes.node_lost(node)
+        engine.info = None  # its engine dies; the master has not heard of it yet
+        reply = await cluster.generate("alone", 9)
+        assert reply.json()["generated_text"] == [expected("alone", 9)]
         agent.leave("the test ends")
 
     run(test)
