@@ -11,6 +11,7 @@
      +- EngineError            our fault, or a failed step
      |   +- WorkerDied             the engine or one of its ranks is gone
      |   +- KVTransferError        KV could not be moved between nodes
+     |   |   +- LaneUnavailable        by this way of --kv_transport; in transfer/lane
      |   +- DeadlineExceeded       the request's deadline passed first
      +- ClusterError           a node link was refused or lost
      |   +- LinkRefused, LinkBroken, WebSocketRefused   in cluster_link and web_socket

@@ -12,6 +12,7 @@ import torch
 
 from lightllm.attention.registry import load_backend
 from lightllm.config import Config
+from lightllm.device.device import CpuDevice
 from lightllm.device.kv_pool import KVPool
 from lightllm.layers.ops import Ops
 from lightllm.messages import (
@@ -93,7 +94,8 @@ class NodeEngine(LocalEngine):
         pool = KVPool(CONFIG, num_slots + 1, torch.float32)
 
         def make_runner(num_rows: int) -> Runner:
-            self.exchange = ExchangingRunner(ModelRunner(model, backend, pool, RowTables(num_rows, MAX_LEN)))
+            own = ModelRunner(model, backend, pool, RowTables(num_rows, MAX_LEN))
+            self.exchange = ExchangingRunner(own, CpuDevice())
             self.info = open_kv_link(
                 self.exchange, _info(num_slots), _config(role), CONFIG, ("m", "t"), 0, 71 + len(role)
             )
