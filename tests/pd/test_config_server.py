@@ -1,9 +1,14 @@
 """The directory of pd_masters over real sockets: listed while alive, followed at once, harmless restarts."""
 
 import asyncio
+import os
+import pickle
 
 import httpx
+import pytest
 
+from lightllm.cluster_messages import MASTER_PATH, WATCH_PATH
+from lightllm.web_socket import connect
 from tests.pd.directories import directory, entry, watch
 from tests.pd.harness import TOKEN, until
 
@@ -78,5 +83,30 @@ def test_the_list_needs_a_key_where_there_is_one_and_links_need_the_token() -> N
                 headers = {"authorization": "Bearer a key"}
                 assert (await client.get("/pd_masters", headers=headers)).json()["pd_masters"] == []
             liar.stop()
+
+    asyncio.run(test())
+
+
+@pytest.mark.parametrize("path", [MASTER_PATH, WATCH_PATH])
+@pytest.mark.parametrize(
+    "junk",
+    [b"\x00" * 40, b"\x16\x03\x01\x02\x00", pickle.dumps(os.getcwd), os.urandom(5000), bytes(70_000)],
+    ids=["zeros", "tls", "pickle", "random", "oversize"],
+)
+def test_strangers_are_hung_up_on_and_harm_nobody(path: str, junk: bytes) -> None:
+    async def test() -> None:
+        async with directory() as port:
+            one = entry(port, "one", 1)
+            watcher, lists = watch(port)
+            await until(lambda: bool(lists) and lists[-1] == {("10.0.0.1", 1)})
+            stranger = await connect("127.0.0.1", port, path, 65536)
+            closed: list[str] = []
+            stranger.on_closed = closed.append
+            stranger.send(junk)
+            await until(lambda: bool(closed), 3)
+            two = entry(port, "two", 2)
+            await until(lambda: lists[-1] == {("10.0.0.1", 1), ("10.0.0.1", 2)})
+            for thing in (one, two, watcher):
+                thing.stop()
 
     asyncio.run(test())

@@ -180,6 +180,22 @@ def test_a_new_registration_of_a_node_replaces_the_old_one() -> None:
     run(test)
 
 
+def test_a_forged_registration_of_a_node_that_is_here_changes_nothing() -> None:
+    async def test(cluster: Cluster) -> None:
+        victim, first = dial(cluster, "victim")
+        await cluster.wait_for("victim")
+        node = cluster.router.directory.get("victim")
+        _, forger = dial(cluster, "victim", token="another token of enough bytes", epoch=6)
+        await until(lambda: forger.refusal is not None, 3)
+        forger.stop("seen")
+        assert cluster.router.directory.get("victim") is node
+        assert victim.link is not None
+        assert not victim.closed
+        first.stop("done")
+
+    run(test)
+
+
 def test_a_storm_of_registrations_leaves_one_node() -> None:
     async def test(cluster: Cluster) -> None:
         pairs = [dial(cluster, "storm", epoch=new_epoch()) for _ in range(50)]

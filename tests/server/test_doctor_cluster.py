@@ -17,8 +17,8 @@ from lightllm.frontend.directory_client import MasterEntryLink
 from lightllm.server import doctor
 from lightllm.server.doctor_cluster import check_peers, check_token
 from lightllm.server.finding import FAIL, OK, WARN, Case, Finding
+from tests.pd.directories import directory
 from tests.pd.harness import TOKEN, Cluster, run, until
-from tests.pd.test_config_server import directory
 from tests.server.test_doctor import case, only
 
 OTHER = "another token, long enough"

@@ -161,6 +161,12 @@ class End:
     def poll(self):
         return self.link.poll()
 
+    def poll_once(self):
+        """How many transfers have ended by now."""
+        for known, new in zip(self.endings, self.link.poll(), strict=True):
+            known += new
+        return len(self.endings.transfers)
+
     def close(self):
         self.link.close()
 
@@ -169,8 +175,7 @@ class End:
         until_s = time.monotonic() + limit_s
         while len(self.endings.transfers) < count:
             assert time.monotonic() < until_s, f"{self.endings} after {limit_s} s"
-            for known, new in zip(self.endings, self.link.poll(), strict=True):
-                known += new
+            self.poll_once()
             time.sleep(0.001)
         # One set of figures for each ending.
         assert sum(map(len, self.endings[:3])) == len(self.endings.transfers)
