@@ -21,18 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from machine import describe_run
+from stream_client import ROUTES, open_streams, read_polled
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-POLL_S = 0.01
-ROUTES = {
-    "generate_stream": ("/generate_stream", {"inputs": "hi", "parameters": {"ignore_eos": True}}),
-    "completions": ("/v1/completions", {"prompt": "hi", "stream": True, "ignore_eos": True}),
-    "chat": (
-        "/v1/chat/completions",
-        {"messages": [{"role": "user", "content": "hi"}], "stream": True, "ignore_eos": True},
-    ),
-}
 
 
 def run_engine(folder: str, streams: int, tokens: int, step_s: float) -> None:
@@ -150,43 +141,6 @@ def run_frontend(folder: str, port_fd: int) -> None:
     print(json.dumps({"cpu_s": time.process_time() - cpu_s[0], "tokens": metrics.generated_tokens}))
 
 
-def run_clients(port: int, streams: int, tokens: int, route: str) -> dict[str, Any]:
-    """Open all streams and read them to their ends.
-
-    Reads what has come every few milliseconds: a client of its own on this machine would have the frontend's
-    core wake it up for every token, which clients behind a network do not.
-    """
-    path, body = ROUTES[route]
-    fields = {**body, "max_tokens": tokens}
-    if "parameters" in body:
-        fields = {**body, "parameters": {**body["parameters"], "max_new_tokens": tokens}}
-    data = json.dumps(fields).encode()
-    fields = ("host: x", "content-type: application/json", f"content-length: {len(data)}")
-    head = "\r\n".join((f"POST {path} HTTP/1.1", *fields, "", ""))
-    clients = [socket.create_connection(("127.0.0.1", port)) for _ in range(streams)]
-    for client in clients:
-        client.sendall(head.encode() + data)
-        client.setblocking(False)
-    tails = dict.fromkeys(clients, b"")
-    num_bytes = num_frames = 0
-    while tails:
-        time.sleep(POLL_S)
-        for client, tail in list(tails.items()):
-            try:
-                data = client.recv(1 << 20)
-            except BlockingIOError:
-                continue
-            num_bytes += len(data)
-            num_frames += data.count(b"\n\n")
-            tails[client] = (tail + data)[-5:]
-            if tails[client] == b"0\r\n\r\n":
-                del tails[client]
-                client.close()
-            elif not data:
-                raise SystemExit("the frontend cut a stream off")
-    return {"end_s": time.monotonic(), "bytes": num_bytes, "frames": num_frames}
-
-
 def measure(streams: int, tokens: int, step_ms: float, route: str, core: int) -> dict[str, Any]:
     """One run of all three processes, the frontend on this core."""
     me = [sys.executable, str(Path(__file__).resolve())]
@@ -210,13 +164,13 @@ def measure(streams: int, tokens: int, step_ms: float, route: str, core: int) ->
             stdout=subprocess.PIPE,
         )
         os.sched_setaffinity(frontend.pid, {core})  # before it has any thread
-        client = run_clients(listener.getsockname()[1], streams, tokens, route)
+        answers = read_polled(open_streams([listener.getsockname()[1]], streams, tokens, route))
         output, _ = frontend.communicate(timeout=30)
         engine.kill()
         started, _ = engine.communicate()
         listener.close()
     used = json.loads(output)
-    wall_s = client["end_s"] - float(started)
+    wall_s = answers.end_s - float(started)
     return {
         "route": route,
         "streams": streams,
@@ -226,8 +180,8 @@ def measure(streams: int, tokens: int, step_ms: float, route: str, core: int) ->
         "tokens_per_cpu_s": round(used["tokens"] / used["cpu_s"]),
         "cpu_us_per_token": round(used["cpu_s"] / used["tokens"] * 1e6, 2),
         "tokens_per_wall_s": round(used["tokens"] / wall_s),
-        "bytes_per_token": round(client["bytes"] / used["tokens"]),
-        "frames": client["frames"],
+        "bytes_per_token": round(answers.num_bytes / used["tokens"]),
+        "frames": answers.num_frames,
     }
 
 

@@ -149,7 +149,7 @@ async def _stream(call: Call, request: NativeRequest) -> None:
     n = check_n(parameters.n, parameters.best_of, PREFIX)
     if n > 1:
         raise out_of_range(PREFIX + "n", n, "n = 1 on a stream; use /generate for several samples")
-    generation = await _start(call, request, parameters, 0, _frame_writer(call))
+    generation = await _start(call, request, parameters, 0, _FrameWriter(call).emit)
     await call.stream(generation)
     await call.finish_stream(generation)
 
@@ -270,31 +270,37 @@ _FRAME = (
     b'data:{"token":{"id":%b,"text":%b,"logprob":%b,"special":%b,"count_output_tokens":%d,"prompt_tokens":%d},'
     b'"generated_text":null,%b}\n\n'
 )
+_encode = msgspec.json.encode
 _GOING_ON = b'"finished":false,"finish_reason":null,"details":null'
 
 
-def _frame_writer(call: Call) -> Emit:
-    """An `emit` that writes each token as one frame to the client."""
-    write = call.client.write
-    special_ids = call.context.tokenizer.special_ids
-    encode = msgspec.json.encode
+class _FrameWriter:
+    """Writes each token of a stream as one frame to the client."""
 
-    def emit(sample: SampleStream, token_id: int | None, text: str, logprobs: TokenLogprobs | None) -> None:
-        tail = _GOING_ON if sample.finish_reason is None else _last_members(call, sample.finish_reason)
-        write(
+    __slots__ = ("_call", "_special_ids", "_write")
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+        self._special_ids = call.context.tokenizer.special_ids
+        self._write = call.client.write
+
+    def emit(
+        self, sample: SampleStream, token_id: int | None, text: str, logprobs: TokenLogprobs | None
+    ) -> None:
+        """Take one token."""
+        tail = _GOING_ON if sample.finish_reason is None else _last_members(self._call, sample.finish_reason)
+        self._write(
             _FRAME
             % (
                 b"null" if token_id is None else b"%d" % token_id,
-                encode(text),
-                b"null" if logprobs is None else encode(_rounded(logprobs.logprob)),
-                b"true" if token_id in special_ids else b"false",
+                _encode(text),
+                b"null" if logprobs is None else _encode(_rounded(logprobs.logprob)),
+                b"true" if token_id in self._special_ids else b"false",
                 sample.num_tokens,
                 len(sample.prompt_token_ids),
                 tail,
             )
         )
-
-    return emit
 
 
 def _last_members(call: Call, reason: str) -> bytes:

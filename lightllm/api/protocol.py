@@ -86,13 +86,17 @@ class HttpTransport:
     together at its end: a frontend that is behind writes less often.
     """
 
+    __slots__ = (
+        *("_callbacks", "_cycle", "_frames", "_is_chunked", "_is_open"),
+        *("_transport", "_turns", "fault", "is_gone", "written_s"),
+    )
+
     def __init__(self, protocol: "LightLLMProtocol", cycle: RequestResponseCycle) -> None:
         self.is_gone = False
         self.fault: LightLLMError | None = None
         self.written_s = time.monotonic()
         self._turns = protocol.turns
         self._transport = protocol.transport
-        self._flow = protocol.flow
         self._cycle = cycle
         self._is_chunked = cycle.scope["http_version"] != "1.0"
         self._is_open = False
@@ -132,7 +136,7 @@ class HttpTransport:
 
     def _send(self, data: bytes) -> None:
         self._transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._is_chunked else data)
-        if self._flow.write_paused and self._transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
+        if self._transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
             logger.warning("a client does not read its answer: connection cut at %d bytes", MAX_UNSENT_BYTES)
             self._transport.abort()
             self.lose()

@@ -61,6 +61,8 @@ class TokenTexts(dict[int, str | None]):
 class ByteDecoder:
     """For byte-level vocabularies: the text of a sequence is the UTF-8 of its tokens' bytes joined."""
 
+    __slots__ = ("_bytes", "_is_inside_character", "_texts", "_utf8")
+
     def __init__(self, token_texts: TokenTexts) -> None:
         self._texts = token_texts
         self._bytes = token_texts.bytes
@@ -221,6 +223,8 @@ class Detokenizer:
         matched_stop: the stop string found, after which nothing more may be pushed.
         num_chars: characters decoded so far, held back ones of stop strings included.
     """
+
+    __slots__ = ("_decoder", "_include_stop", "_matcher", "matched_stop", "num_chars")
 
     def __init__(self, decoder: Decoder, stops: Sequence[str] = (), include_stop: bool = False) -> None:
         self._decoder = decoder

@@ -23,12 +23,13 @@ class Leg:
         kind: p = computes the prompt and ships its KV, d = receives that and decodes, s = all by itself.
         num_tokens: what was promised of the node's KV.
         has_output: a token has come from it.
-        is_streaming: its tokens go straight to the client; nothing else hangs on them any more.
+        sink: the request's, once its tokens go straight there and nothing else hangs on them; None before.
+        tokens: the request's.
     """
 
     __slots__ = (
-        *("events", "has_output", "is_streaming", "kind", "leg_id"),
-        *("node", "num_tokens", "routed", "state"),
+        *("events", "has_output", "kind", "leg_id", "node", "num_tokens"),
+        *("routed", "sink", "state", "tokens"),
     )
 
     def __init__(self, leg_id: str, routed: "RoutedRequest", node: Node, kind: str, num_tokens: int) -> None:
@@ -38,7 +39,8 @@ class Leg:
         self.kind = kind
         self.num_tokens = num_tokens
         self.has_output = False
-        self.is_streaming = False
+        self.sink: OutputSink | None = None
+        self.tokens = routed.tokens
         self.state = "new"
         self.events: list[list[Any]] = []
         routed.legs.append(self)
@@ -76,6 +78,33 @@ class RoutedRequest:
         avoid: nodes that failed it since it last waited.
         wait_until_s: monotonic end of its waiting for a node, 0 while it does not wait.
     """
+
+    __slots__ = (
+        "_events",
+        "_seen_tokens",
+        "_was_reported",
+        "avoid",
+        "booked_tokens",
+        "chosen_prefill",
+        "decode",
+        "has_first",
+        "has_shared_prompt",
+        "held",
+        "is_new",
+        "is_pinned",
+        "is_solo",
+        "last_failure",
+        "legs",
+        "moved_s",
+        "num_attempts",
+        "num_legs",
+        "prefill",
+        "request",
+        "sink",
+        "ticket",
+        "tokens",
+        "wait_until_s",
+    )
 
     def __init__(self, request: EngineRequest, sink: OutputSink) -> None:
         self.request = request

@@ -297,11 +297,11 @@ class PDRouter:
             leg = legs.get(output.request_id)
             if leg is None or leg.node is not node:
                 continue  # it was aborted in the meantime
-            if leg.is_streaming and output.finish_reason is None:
-                routed = leg.routed
-                routed.tokens += output.new_token_ids
-                if not hand_over(routed.sink, output):
-                    self._fail_internally(routed)
+            sink = leg.sink
+            if sink is not None and output.finish_reason is None:
+                leg.tokens += output.new_token_ids
+                if not hand_over(sink, output):
+                    self._fail_internally(leg.routed)
             else:
                 self._take(leg, output)
 
@@ -321,7 +321,7 @@ class PDRouter:
             self._deliver(routed, output)
             if routed.is_new:
                 self._first_decoded(routed)
-            leg.is_streaming = True
+            leg.sink = routed.sink
         else:
             routed.held.append(output)
 
