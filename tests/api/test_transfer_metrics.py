@@ -71,8 +71,8 @@ def test_a_master_shows_those_of_every_node() -> None:
             transfers.note([one for one in ENDED if (one.direction == "sent") == (role == "prefill")])
             agent.follow({("127.0.0.1", cluster.port)})
             agents.append(agent)
-        await until(lambda: all(node.kv_totals for node in cluster.router.directory.all()))
         await cluster.wait_for("prefill-1", "decode-1")
+        await until(lambda: all(node.kv_totals for node in cluster.router.directory.all()))
         sender, receiver = 'node="prefill-1",role="prefill"', 'node="decode-1",role="decode"'
         assert lines(ClusterMetrics("m", cluster.router)) >= {
             f'kv_transfer_bytes_total {sender},direction="sent",transport="shm"}} 1530',
