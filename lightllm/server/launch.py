@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from lightllm.cli import format_error
 from lightllm.cluster_link import cluster_token
@@ -123,17 +123,24 @@ def announce(config: Config, listener: socket.socket, info: EngineInfo | None) -
     engine = ""
     if info is not None:
         engine = f" device={info.device} kv_tokens={info.kv_total_tokens} load={info.load_s:.1f}"
-    print(f"ready: {url}{model} mode={mode}{engine}", flush=True)
+    _tell(f"ready: {url}{model} mode={mode}{engine}", sys.stdout)
     if config.observability.log_format == "json" or mode not in ("normal", "pd_master"):
         return  # one event a line, nothing else; or nothing that a client could ask
     reachable = url if host not in ("0.0.0.0", "::") else f"http://127.0.0.1:{port}"
-    print(
+    _tell(
         f"try:\n  curl {reachable}/generate -H 'Content-Type: application/json' \\\n"
         """    -d '{"inputs":"What is AI?","parameters":{"max_new_tokens":17,"frequency_penalty":1}}'\n"""
         f"or open {reachable}/ in a browser",
-        file=sys.stderr,
-        flush=True,
+        sys.stderr,
     )
+
+
+def _tell(text: str, stream: TextIO) -> None:
+    """Print; a disk that is full, or a reader that has left, is no reason not to serve."""
+    try:
+        print(text, file=stream, flush=True)
+    except OSError as error:
+        logger.warning("cannot be printed (%s): %s", error, text)
 
 
 def child_environment(config: Config) -> dict[str, str]:

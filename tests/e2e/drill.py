@@ -1,68 +1,29 @@
 """A drill with real engines: a PD cluster whose nodes come, go, die and freeze under many streams.
 
 Two pd_masters that nodes find through a config_server, prefill and decode nodes of a tiny random model, one
-thread each; one trouble after another. Every token of every stream is compared with what a single
+thread each (fleet.py); one trouble after another. Every token of every stream is compared with what a single
 node has said to the same prompt. `benchmarks/pd_drill.py` runs it for minutes, `test_drill.py` briefly.
 """
 
 import asyncio
-import concurrent.futures
 import itertools
-import json
 import os
 import random
 import re
-import signal
 import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import msgspec
-import torch
-from safetensors.torch import save_file
+from tests.e2e.conftest import Server
+from tests.e2e.fleet import OUTPUT_TOKENS, Fleet, Prompt, ask_one_node, describe_model, stream
 
-from lightllm.model_config import ModelConfig
-from lightllm.models import tensor_shapes
-from tests.e2e.conftest import Server, free_port
-
-MODEL = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 512,
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "hidden_act": "silu",
-    "tie_word_embeddings": False,
-    "torch_dtype": "float32",
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-# Large enough that the next token depends on all before it, and is seldom a near-tie.
-WEIGHTS_STD = 0.3
-LEAST_GAP = 1e-3
-NODE_FLAGS = (
-    *("--max_total_token_num", "8000", "--max_req_total_len", "900"),
-    *("--chunked_prefill_size", "32", "--batch_max_tokens", "64"),
-)
-PROMPT_TOKENS = (20, 500)
-OUTPUT_TOKENS = (10, 240)
-FREEZE_S = 10.0
 SETTLE_S = 3.0
-JOIN_LIMIT_S = 40.0
 # pd.md: a lost node is made up for within 10 s. What the loaded machine itself takes is allowed for.
 GAP_LIMIT_S = 10.0
 SLOWNESS_S = 2.0
 MAX_ERROR_SHARE = 0.01
-IDLE_LIMIT_S = 12.0
-REMARKABLE = re.compile(r"Traceback|has not moved|dropped a message|could not be handled")
 TRANSFER_FIGURES = {
     "transfer_bytes_total": ("direction", "transport"),
     "transfers_total": ("direction", "outcome"),
@@ -75,13 +36,6 @@ TROUBLES = (
 )
 
 
-class Prompt(NamedTuple):
-    """Token ids, and the ids that a single node puts behind them."""
-
-    token_ids: list[int]
-    answer: list[int]
-
-
 class Plan(NamedTuple):
     """How long, how much, how hard. `think_s` is the mean pause of a stream between two requests."""
 
@@ -92,49 +46,6 @@ class Plan(NamedTuple):
     seed: int = 0
     num_prefill: int = 2
     num_decode: int = 3
-
-
-# ------------------------------------------------------------ model and oracle
-
-
-def write_model(folder: Path) -> None:
-    """A random model's folder."""
-    (folder / "config.json").write_text(json.dumps(MODEL))
-    generator = torch.Generator().manual_seed(1)
-    tensors = {
-        name: torch.ones(shape)
-        if name.endswith("norm.weight")
-        else torch.empty(shape).normal_(std=WEIGHTS_STD, generator=generator)
-        for name, shape in tensor_shapes(ModelConfig.from_hf(MODEL)).items()
-    }
-    save_file(tensors, folder / "model.safetensors")
-
-
-def ask_one_node(model: list[str], env: dict[str, str], plan: Plan) -> list[Prompt]:
-    """Prompts, and the greedy answers of a single node; none that ever was near a tie."""
-    rng = random.Random(plan.seed)
-    server = Server(*model, *NODE_FLAGS, env=env)
-
-    def ask(prompt: list[int]) -> Prompt | None:
-        body = {"prompt": prompt, "max_tokens": OUTPUT_TOKENS[1], "temperature": 0, "logprobs": 2}
-        scored = server.client.post("/v1/completions", json={**body, "ignore_eos": True}).json()
-        tops = [sorted(top.values()) for top in scored["choices"][0]["logprobs"]["top_logprobs"]]
-        if any(len(top) < 2 or top[-1] - top[-2] < LEAST_GAP for top in tops):
-            return None
-        fields = {"max_new_tokens": OUTPUT_TOKENS[1], "ignore_eos": True, "return_details": True}
-        tokens = server.generate(prompt, do_sample=False, **fields)["tokens"]
-        return Prompt(prompt, [token["id"] for token in tokens])
-
-    found: list[Prompt] = []
-    try:
-        with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            while len(found) < plan.num_prompts:
-                lengths = [rng.randint(*PROMPT_TOKENS) for _ in range(16)]
-                prompts = [[rng.randrange(10, MODEL["vocab_size"]) for _ in range(n)] for n in lengths]
-                found += filter(None, pool.map(ask, prompts))
-    finally:
-        assert server.stop() == 0
-    return found[: plan.num_prompts]
 
 
 # ------------------------------------------------------------ clients
@@ -151,68 +62,6 @@ class Tally:
         self.gaps_s: list[float] = []
         self.first_s: list[float] = []
         self.whole_s: list[float] = []
-
-
-class Answer:
-    """One stream's frames as they come.
-
-    Attributes:
-        gap_s: the longest wait for a frame, the first included.
-    """
-
-    def __init__(self, prompt: Prompt, num_tokens: int) -> None:
-        self.prompt, self.num_tokens = prompt, num_tokens
-        self.token_ids: list[int] = []
-        self.error = ""
-        self.wrong = ""
-        self.is_whole = False
-        self.began_s = self.last_s = time.monotonic()
-        self.first_s = self.gap_s = 0.0
-
-    def take(self, frame: dict[str, Any]) -> None:
-        """A frame of /generate_stream."""
-        now = time.monotonic()
-        self.gap_s, self.last_s = max(self.gap_s, now - self.last_s), now
-        if frame.get("error") is not None:
-            self.error = frame["error"]["code"]
-            return
-        token, index = frame["token"], len(self.token_ids)
-        self.first_s = self.first_s or now - self.began_s
-        self.token_ids.append(token["id"])
-        if self.is_whole or token["count_output_tokens"] != index + 1 or index >= self.num_tokens:
-            self.wrong = f"frame {token['count_output_tokens']} came as number {index + 1}"
-        elif token["id"] != self.prompt.answer[index]:
-            self.wrong = self.wrong or f"token {index} is {token['id']}, not {self.prompt.answer[index]}"
-        self.is_whole = frame["finished"]
-
-
-async def stream(port: int, prompt: Prompt, num_tokens: int) -> Answer:
-    """Send one request and read its answer to the end."""
-    parameters = {"max_new_tokens": num_tokens, "do_sample": False, "ignore_eos": True}
-    body = json.dumps({"inputs": prompt.token_ids, "parameters": parameters}).encode()
-    head = (
-        f"POST /generate_stream HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {len(body)}\r\n"
-    )
-    answer = Answer(prompt, num_tokens)
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    try:
-        writer.write(head.encode() + b"content-type: application/json\r\n\r\n" + body)
-        status = (await reader.readline()).split(b" ")[1:2]
-        if status != [b"200"]:
-            found = re.search(rb'"code":"(\w+)"', await reader.read())
-            answer.error = found[1].decode() if found else f"status {status}"
-            answer.gap_s = time.monotonic() - answer.began_s
-            return answer
-        while line := await reader.readline():
-            if line.startswith(b"data:"):
-                answer.take(msgspec.json.decode(line[5:]))
-    except OSError as error:
-        answer.wrong = f"the connection broke: {error}"
-    finally:
-        writer.close()
-    if not answer.is_whole and not answer.error:
-        answer.wrong = answer.wrong or f"cut off after {len(answer.token_ids)} of {num_tokens} tokens"
-    return answer
 
 
 async def client(
@@ -236,104 +85,6 @@ async def client(
             tally.errors[answer.error] += 1
         else:
             tally.num_right += 1
-
-
-# ------------------------------------------------------------ the cluster
-
-
-class Fleet:
-    """All processes of the cluster. Methods block: they run in threads."""
-
-    def __init__(self, model: list[str], env: dict[str, str]) -> None:
-        self.model, self.env = model, env
-        port = str(free_port())
-        self.where = ("--config_server_host", "127.0.0.1", "--config_server_port", port)
-        self.directory = Server("--run_mode", "config_server", *self.where, env=env, port=None)
-        self.masters = [
-            Server("--run_mode", "pd_master", *self.where, *model, "--max_queued_requests", "256", env=env)
-            for _ in range(2)
-        ]
-        self.nodes: dict[str, Server] = {}
-        self.count = itertools.count()
-
-    def add(self, role: str) -> str:
-        """Start a node and wait until both masters have it."""
-        name = f"{role}-{next(self.count)}"
-        self.nodes[name] = Server("--run_mode", role, *self.where, *self.model, *NODE_FLAGS, env=self.env)
-        self.wait_for(name)
-        return name
-
-    def wait_for(self, name: str) -> None:
-        """Until both masters have this node."""
-        server = self.nodes[name]
-        address = server.url.removeprefix("http://")
-        server.wait_until(lambda: all(address in addresses(m) for m in self.masters), JOIN_LIMIT_S)
-
-    def pids(self, name: str) -> list[int]:
-        server = self.nodes[name]
-        return [server.process.pid, *server.children().values()]
-
-    def trouble(self, kind: str, name: str) -> None:
-        """Make trouble for a node, and then have the fleet whole again."""
-        server, role = self.nodes[name], name.partition("-")[0]
-        if kind == "kill":
-            for pid in self.pids(name):
-                os.kill(pid, signal.SIGKILL)
-            self.nodes.pop(name).stop()
-            self.add(role)
-        elif kind == "drain":
-            assert self.nodes.pop(name).stop() == 0, "a drained node exits with 0"
-            self.add(role)
-        elif kind.startswith("kill "):
-            os.kill(server.children()[kind.partition(" ")[2]], signal.SIGKILL)
-            time.sleep(1)
-            self.wait_for(name)
-        else:
-            pids = [server.children()["engine"]] if kind == "freeze engine" else self.pids(name)
-            for pid in pids:
-                os.kill(pid, signal.SIGSTOP)
-            time.sleep(FREEZE_S)
-            for pid in pids:
-                os.kill(pid, signal.SIGCONT)
-            self.wait_for(name)
-
-    def leftovers(self) -> list[str]:
-        """What is not at its base, in words."""
-        found = []
-        for index, master in enumerate(self.masters):
-            live = master.client.get("/debug/requests?state=live").json()["requests"]
-            found += [f"master {index} has {len(live)} live requests"] if live else []
-            page = master.client.get("/cluster", headers={"accept": "application/json"}).json()
-            for node in page["nodes"]:
-                used = {name: node[name] for name in ("requests", "requests_running", "kv_used_tokens")}
-                found += [f"master {index} of {node['node']}: {used}"] if any(used.values()) else []
-        for name, server in self.nodes.items():
-            for figure in ("requests_running", "requests_waiting", "kv_used_tokens"):
-                value = server.metric(figure)
-                found += [f"{name}: {figure} is {value:g}"] if value else []
-        return found
-
-    def wait_idle(self) -> list[str]:
-        """What is not at its base some seconds after the last request."""
-        until_s = time.monotonic() + IDLE_LIMIT_S
-        while (left := self.leftovers()) and time.monotonic() < until_s:
-            time.sleep(0.2)
-        return left
-
-    def remarks(self) -> list[str]:
-        """What is in the logs and should not be."""
-        servers = (*self.masters, *self.nodes.values())
-        return [line.strip() for server in servers for line in server.log if REMARKABLE.search(line)][:40]
-
-    def stop(self) -> list[int]:
-        """Exit codes of all."""
-        return [server.stop() for server in (*self.nodes.values(), *self.masters, self.directory)]
-
-
-def addresses(master: Server) -> set[str]:
-    """Of the nodes that a master has."""
-    page = master.client.get("/cluster", headers={"accept": "application/json"}).json()
-    return {node["address"] for node in page["nodes"]}
 
 
 def total(servers: list[Server], name: str, *labels: str) -> dict[str, float]:
@@ -367,21 +118,12 @@ async def make_trouble(fleet: Fleet, plan: Plan, end_s: float, say: Callable[[st
 
 async def run(folder: Path, plan: Plan, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Set up, make trouble under load, and look at what is left."""
-    write_model(folder)
-    model = ["--model_dir", str(folder), "--tokenizer_dir", "smollm2-135m"]
-    env = {"LIGHTLLM_HOME": str(folder), "OMP_NUM_THREADS": "1"}
-    prompts = await asyncio.to_thread(ask_one_node, model, env, plan)
+    model, env = describe_model(folder)
+    prompts = await asyncio.to_thread(ask_one_node, model, env, plan.num_prompts, plan.seed)
     say(f"{len(prompts)} prompts are answered by a single node")
     fleet = await asyncio.to_thread(Fleet, model, env)
     try:
-        roles = ["prefill"] * plan.num_prefill + ["decode"] * plan.num_decode
-        await asyncio.gather(*(asyncio.to_thread(fleet.add, role) for role in roles))
-        for master in fleet.masters:
-            await asyncio.to_thread(
-                master.wait_until,
-                lambda master=master: master.client.get("/readiness").status_code == 200,
-                30,
-            )
+        await asyncio.to_thread(fleet.start, ["prefill"] * plan.num_prefill + ["decode"] * plan.num_decode)
         say("the cluster is ready")
         tally, end_s = Tally(), time.monotonic() + plan.seconds
         ports = [int(master.url.rpartition(":")[2]) for master in fleet.masters]

@@ -2,12 +2,14 @@
 
 import time
 
+import msgspec
 import pytest
 
 from lightllm.messages import AbortRequest, EngineRequest, KVSource, KVTarget, RenewLeases
 from lightllm.sampling_params import SamplingParams
 from lightllm.server.model_files import locate_model, open_tokenizer
 from tests.e2e.kv_nodes import EngineNode, Pair, node_config
+from tests.transfer.frame_proxy import FrameProxy
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.xdist_group("kv_nodes")]
 
@@ -169,6 +171,30 @@ def test_a_decode_node_that_expects_nothing_or_had_another_life(pair, tokens):
         )
         last = pair.prefill.finish(name, 15)
         assert (last.finish_reason, last.error.code) == ("error", "kv_transfer_failed")
+    idle(pair.prefill)
+
+
+def test_a_decode_node_that_dies_between_complete_and_its_answer(pair, directory, tokens):
+    """It has accepted and decodes; the sender, which has not heard of it, gives its slots up all the same."""
+    dying = EngineNode(node_config("decode-3", "shm"), directory)
+    proxy = FrameProxy(dying.info.kv_address, 0)
+    dying.info = msgspec.structs.replace(dying.info, kv_address=proxy.address)
+    other = Pair(pair.prefill, dying)
+    other.num_requests = 2000
+    try:
+        # Behind challenge, welcome and the answer to the one block comes that to COMPLETE.
+        proxy.harm = "back", 3, "hold"
+        name = other.start(tokens[:60], GREEDY)
+        assert proxy.reached.wait(20)
+        dying.wait(lambda: dying.outputs[f"{name}d"])
+        dying.process.kill()
+        proxy.release.set()
+        last = pair.prefill.finish(f"{name}p", 5)
+        assert (last.finish_reason, last.error.code) == ("error", "kv_transfer_failed")
+        assert len(pair.prefill.token_ids(f"{name}p")) == 1
+    finally:
+        dying.close()
+        proxy.close()
     idle(pair.prefill)
 
 

@@ -27,7 +27,7 @@ class FrameProxy:
         address: its own.
         harm: (direction, index, kind): `there` is from the sender; None: leave all as it is.
         frames: what has been forwarded in each direction, with the bytes behind it.
-        reached: set when the frame of `harm` is there; one of kind `hold` waits until `release` is set.
+        reached: set when the frame of `harm` is there; one of kind `hold` is cut off when `release` is set.
     """
 
     def __init__(self, address: str, token_bytes: int) -> None:
@@ -70,7 +70,9 @@ class FrameProxy:
                 if self.harm is not None and self.harm[:2] == (name, index):
                     self.reached.set()
                     kind = self.harm[2]
-                    if kind == "cut":
+                    if kind == "hold":
+                        self.release.wait(20)
+                    if kind in ("cut", "hold"):
                         break
                     if kind == "swap":
                         held, out = unit, []
@@ -81,8 +83,6 @@ class FrameProxy:
                     }.get(kind, out)
                     if kind == "late":
                         time.sleep(0.1)
-                    if kind == "hold":
-                        self.release.wait(20)
                 for piece in out:
                     sink.sendall(piece)
                     self.frames[name].append(piece)
