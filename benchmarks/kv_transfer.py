@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lightllm.device.base import PastMoment, make_device
 from lightllm.device.kv_pool import KVPool, kv_bytes_per_token
+from lightllm.distributed.shares import kv_head_ranges
 from lightllm.messages import KVLayout, KVSource, KVTarget, KVTransferOrder
 from lightllm.model_config import ModelConfig
 from lightllm.transfer import LANES
@@ -127,8 +129,15 @@ def open_link(lane: str, device_name: str, shape: str, epoch: int) -> KVLink:
         kv_dtype=name,
         tp_size=1,
     )
-    lanes = open_lanes((lane,), rows)
-    return KVLink(Node(layout=layout, token=TOKEN, epoch=epoch, lanes=lanes, limits=Limits()), "127.0.0.1", 0)
+    node = Node(
+        layout=layout,
+        token=TOKEN,
+        epoch=epoch,
+        lanes=open_lanes((lane,), rows),
+        limits=Limits(),
+        head_ranges=partial(kv_head_ranges, config),
+    )
+    return KVLink(node, "127.0.0.1", 0)
 
 
 def slots_of(count: int, is_scattered: bool) -> list[int]:

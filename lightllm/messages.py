@@ -365,7 +365,10 @@ class StepOutput(Message):
 
 
 class KVLayout(Part):
-    """The record in which nodes of one model must agree before KV may move between them."""
+    """The record in which nodes of one model must agree before KV may move between them.
+
+    They may differ in `tp_size`: each head goes from a rank that has it to those that need it.
+    """
 
     model_hash: str
     tokenizer_hash: str
@@ -379,8 +382,9 @@ class KVLayout(Part):
     quantization: str = "none"
 
     def differences(self, other: "KVLayout") -> list[tuple[str, Any, Any]]:
-        """Name, own value and the other's of each field in which two records differ."""
-        pairs = ((name, getattr(self, name), getattr(other, name)) for name in self.__struct_fields__)
+        """Name, own value and the other's of each field in which two records differ but should not."""
+        names = [name for name in self.__struct_fields__ if name != "tp_size"]
+        pairs = ((name, getattr(self, name), getattr(other, name)) for name in names)
         return [(name, own, theirs) for name, own, theirs in pairs if own != theirs]
 
 

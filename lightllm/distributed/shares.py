@@ -98,6 +98,17 @@ def share_out(config: ModelConfig, blocks: Mapping[str, int], rank: int, size: i
     )
 
 
+def kv_head_ranges(config: ModelConfig, size: int) -> tuple[range, ...]:
+    """The KV heads that each of `size` ranks holds; several hold the same one if there are fewer heads.
+
+    Raises:
+        ConfigError: the heads cannot be spread over so many ranks.
+    """
+    if not 1 <= size <= config.num_attention_heads:
+        raise ConfigError(f"{config.num_attention_heads} heads cannot be spread over {size} ranks")
+    return tuple(_heads(config, rank, size)[1] for rank in range(size))
+
+
 def obstacle(config: ModelConfig, blocks: Mapping[str, int], size: int) -> str | None:
     """Why the model cannot be spread over `size` ranks; None if it can."""
     heads = config.num_attention_heads

@@ -1,9 +1,9 @@
 """Rows of KV from one place to another: out of slots, into slots, from a peer's slots. Plain: ref.copy_rows.
 
 target[t, target_slots[i]] = source[t, source_slots[i]] for all tensors t and n rows; a side without slots is
-packed, row i being i. A row is contiguous: words of one integer type. One program copies tiles of some rows
-of one tensor, one after the other: no more of them than MAX_PROGRAMS, which is enough for the bandwidth of a
-link and leaves most of the GPU to the steps that run meanwhile.
+packed, row i being i. A row is contiguous, words of one integer type, and may be a part of a longer one. One
+program copies tiles of some rows of one tensor, one after the other: no more of them than MAX_PROGRAMS, which
+is enough for the bandwidth of a link and leaves most of the GPU to the steps that run meanwhile.
 """
 
 import torch
@@ -26,6 +26,8 @@ def _copy_rows_kernel(
     source_rows,
     target_rows,
     ROW: tl.constexpr,
+    SOURCE_STRIDE: tl.constexpr,
+    TARGET_STRIDE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_WORDS: tl.constexpr,
     HAS_SOURCE_SLOTS: tl.constexpr,
@@ -50,8 +52,8 @@ def _copy_rows_kernel(
         if HAS_TARGET_SLOTS:
             written = tl.load(target_slots + rows, in_rows, other=0)
         mask = in_rows[:, None] & (words < ROW)[None, :]
-        read = (tensor * source_rows + read)[:, None] * ROW + words[None, :]
-        written = (tensor * target_rows + written)[:, None] * ROW + words[None, :]
+        read = (tensor * source_rows + read)[:, None] * SOURCE_STRIDE + words[None, :]
+        written = (tensor * target_rows + written)[:, None] * TARGET_STRIDE + words[None, :]
         tl.store(target + written, tl.load(source + read, mask, other=0), mask)
         tile += tl.num_programs(0)
 
@@ -62,29 +64,37 @@ def copy_rows(
     """target[:, target_slots] = source[:, source_slots], for n rows.
 
     Args:
-        source: [num_tensors, num_source_rows, row] of an integer type, contiguous.
+        source: [num_tensors, num_source_rows, row] of an integer type; contiguous, or the same columns of
+            all rows of what is.
         source_slots: [n] int64; None: its n rows in their order.
-        target: [num_tensors, num_target_rows, row] of the same type, contiguous, changed in place.
+        target: [num_tensors, num_target_rows, row] of the same type, as `source`, changed in place.
         target_slots: [n] int64, none twice; None: its first n rows.
     """
     count = source.shape[1] if source_slots is None else len(source_slots)
-    _launch(source, source.shape[1], source_slots, target, target_slots, count)
+    _launch(source, source.shape[1], source.stride(1), source_slots, target, target_slots, count)
 
 
 def pull_rows(
-    address: int, num_rows: int, source_slots: Tensor, target: Tensor, target_slots: Tensor | None
+    address: int,
+    num_rows: int,
+    stride: int,
+    source_slots: Tensor,
+    target: Tensor,
+    target_slots: Tensor | None,
 ) -> None:
     """As `copy_rows`, from memory that is not a tensor of this process.
 
     Args:
-        address: of [num_tensors, num_rows, row], readable by the device of `target`, of its type.
+        address: of the first row of [num_tensors, num_rows, stride], readable by the device of `target`, of
+            its type; words of it that stand behind a row of `target` are left out.
     """
-    _launch(address, num_rows, source_slots, target, target_slots, len(source_slots))
+    _launch(address, num_rows, stride, source_slots, target, target_slots, len(source_slots))
 
 
 def _launch(
     source: Tensor | int,
     source_rows: int,
+    source_stride: int,
     source_slots: Tensor | None,
     target: Tensor,
     target_slots: Tensor | None,
@@ -107,6 +117,8 @@ def _launch(
         source_rows,
         target_rows,
         ROW=row,
+        SOURCE_STRIDE=source_stride,
+        TARGET_STRIDE=target.stride(1),
         BLOCK_ROWS=block_rows,
         BLOCK_WORDS=block_words,
         HAS_SOURCE_SLOTS=source_slots is not None,

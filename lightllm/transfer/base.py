@@ -9,6 +9,7 @@ A device may run behind the calls. Orders therefore come with a `Moment` of its 
 once the device is past it, and touching them has ended when the device has done it.
 """
 
+import logging
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -22,6 +23,8 @@ from lightllm.cluster_link import LinkBroken, LinkRefused
 from lightllm.device.base import Moment
 from lightllm.errors import KVTransferError
 from lightllm.messages import KV_FAULTS, KVArrival, KVFailure, KVTransfer, KVTransferOrder
+
+logger = logging.getLogger(__name__)
 
 
 class Limits(NamedTuple):
@@ -98,6 +101,7 @@ class Hold:
         direction: sent or received.
 
     Attributes:
+        num_parts: ranks of the peer that it goes to or comes from, each by a connection of its own.
         lane: how the bytes go, empty until the two ends have agreed.
         num_bytes: payload that has been moved.
         began_s: monotonic time from which the transfer is measured.
@@ -106,12 +110,14 @@ class Hold:
     def __init__(self, request_id: str, ledger: Ledger, direction: str) -> None:
         self.request_id = request_id
         self.direction = direction
+        self.num_parts = 1
         self.lane = ""
         self.num_bytes = 0
         self.began_s = time.monotonic()
         self._ledger = ledger
         self._lock = threading.Lock()
         self._is_over = False
+        self._num_done = 0
 
     @property
     def is_over(self) -> bool:
@@ -130,6 +136,25 @@ class Hold:
                 raise KVTransferError(f"the transfer of {self.request_id} was given up here")
             yield
 
+    def moved(self, num_bytes: int) -> None:
+        """Count payload."""
+        with self._lock:
+            self.num_bytes += num_bytes
+
+    def end_part(self, ending: KVArrival | str) -> None:
+        """One part has come through; the last one ends the transfer.
+
+        Raises:
+            KVTransferError: it has been given up.
+        """
+        with self._lock:
+            if self._is_over:
+                raise KVTransferError(f"the transfer of {self.request_id} was given up here")
+            self._num_done += 1
+            is_last = self._num_done == self.num_parts
+        if is_last and not self.end(ending):
+            raise KVTransferError(f"the transfer of {self.request_id} was given up here")
+
     def end(self, ending: KVArrival | KVFailure | str, fault: str = "") -> bool:
         """Give up the slots and report why; False if that has been done before."""
         with self._lock:
@@ -144,8 +169,17 @@ class Hold:
             num_bytes=self.num_bytes,
             duration_s=time.monotonic() - self.began_s,
         )
+        if self.lane:
+            self._log(transfer)
         self._ledger.note(ending, transfer)
         return True
+
+    def _log(self, transfer: KVTransfer) -> None:
+        rate = transfer.num_bytes / max(transfer.duration_s, 1e-9) / 1e6
+        values = transfer.num_bytes, transfer.transport, transfer.duration_s, rate
+        logger.info(
+            "KV of %s: %s %d bytes by %s in %.3f s (%.0f MB/s)", self.request_id, self.direction, *values
+        )
 
     def fail(self, reason: str, fault: str = "other") -> bool:
         """Give up the slots because the transfer has failed; `fault` is one of KV_FAULTS."""

@@ -35,16 +35,33 @@ class _Queue:
 
 
 class DeviceRows(KVRows):
-    """See the module. More threads than NUM_QUEUES wait for each other."""
+    """See the module. More threads than NUM_QUEUES wait for each other, whatever heads they move.
 
-    def __init__(self, pool: KVPool, device: Device) -> None:
-        super().__init__(pool)
+    Args:
+        queues: of other rows of the pool, that do the work of these, too.
+    """
+
+    def __init__(
+        self,
+        pool: KVPool,
+        device: Device,
+        first_head: int = 0,
+        heads: range | None = None,
+        queues: "queue.SimpleQueue[_Queue] | None" = None,
+    ) -> None:
+        super().__init__(pool, first_head, heads)
         self._device = device
-        self._words = word_type(self.row_bytes)
-        self._rows = self._as_rows(pool.storage.view(-1).view(torch.uint8), pool.num_slots)
-        self._queues: queue.SimpleQueue[_Queue] = queue.SimpleQueue()
-        for _ in range(NUM_QUEUES):
-            self._queues.put(_Queue(device.side_queue()))
+        self._words = word_type(self.head_bytes)
+        first, stop = (edge // self._words.itemsize for edge in self.row_range)
+        storage = pool.storage.view(-1).view(torch.uint8)
+        self._rows = self._as_rows(storage, pool.num_slots)[:, :, first:stop]
+        self._queues = queues or queue.SimpleQueue()
+        if queues is None:
+            for _ in range(NUM_QUEUES):
+                self._queues.put(_Queue(device.side_queue()))
+
+    def _part(self, heads: range) -> "DeviceRows":
+        return DeviceRows(self.pool, self._device, self.pool_heads.start, heads, self._queues)
 
     def pack(self, slots: np.ndarray, block: Tensor) -> None:
         size = len(slots) * self.token_bytes
@@ -63,21 +80,27 @@ class DeviceRows(KVRows):
                 source.copy_(block, non_blocking=True)
             copy_rows(self._as_rows(source, len(slots)), None, self._rows, self._upload(slots))
 
-    def pull(self, address: int, num_slots: int, source_slots: np.ndarray, slots: np.ndarray) -> None:
-        """Copy slots of another pool, [n] int64, into slots of this one.
+    def pull(
+        self, address: int, num_slots: int, heads: range, source_slots: np.ndarray, slots: np.ndarray
+    ) -> None:
+        """Copy these heads from slots of another pool, [n] int64, into slots of this one.
 
         Args:
             address: where that pool's storage of `num_slots` begins, readable by this device.
+            heads: the model's KV heads that it holds.
         """
+        first = (self.heads.start - heads.start) * self.head_bytes
+        stride = len(heads) * self.head_bytes // self._words.itemsize
         with self._work():
             source, target = self._upload(source_slots), self._upload(slots)
-            pull_rows(address, num_slots, source, self._rows, target)
+            pull_rows(address + first, num_slots, stride, source, self._rows, target)
 
     def read(self, address: int, size: int) -> bytes:
         """The bytes at an address that is readable by this device."""
         with self._work() as work:
             found = work.scratch(size, self.device)
-            pull_rows(address, 1, self._upload(np.zeros(1, dtype=np.int64)), found.view(1, 1, size), None)
+            none = self._upload(np.zeros(1, dtype=np.int64))
+            pull_rows(address, 1, size, none, found.view(1, 1, size), None)
             return found.cpu().numpy().tobytes()
 
     def host_memory(self, size: int) -> Tensor:
@@ -113,4 +136,4 @@ class DeviceRows(KVRows):
 
     def _as_rows(self, memory: Tensor, num_rows: int) -> Tensor:
         """[num_tensors, num_rows, row] words."""
-        return memory.view(self._words).view(self.token_bytes // self.row_bytes, num_rows, -1)
+        return memory.view(self._words).view(self.num_tensors, num_rows, -1)

@@ -33,11 +33,12 @@ class LaneOffer(Frame, frozen=True):
 
 
 class Opening(Frame, frozen=True):
-    """What the sender wants to ship, to whom, and how. `start` is the first position that will come."""
+    """What this rank of the sender wants to ship, to whom, and how; `start` is the first position of it."""
 
     ticket: str
     target_epoch: int
     start: int
+    rank: int
     layout: KVLayout
     lanes: list[LaneOffer]
 

@@ -14,7 +14,7 @@ import logging
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -35,8 +35,29 @@ class LaneUnavailable(KVTransferError):
     """This node, or this pair of nodes, cannot use the lane."""
 
 
+class Cut(NamedTuple):
+    """What a transfer moves: which rows of the node's KV, and into which blocks it is cut.
+
+    Both ends make the same of it, whatever else their nodes hold.
+    """
+
+    rows: KVRows
+    tokens_per_block: int
+
+    @property
+    def block_bytes(self) -> int:
+        """The largest block."""
+        return self.tokens_per_block * self.rows.token_bytes
+
+
 class SendingEnd(ABC):
-    """The sender's end; serves one transfer at a time."""
+    """The sender's end; serves one transfer at a time.
+
+    Attributes:
+        cut: of that transfer.
+    """
+
+    cut: Cut
 
     @abstractmethod
     def offer(self) -> bytes:
@@ -93,8 +114,7 @@ class Lane(ABC):
         block_bytes: a block is no larger than this, unless one token is. Both nodes must have the same.
 
     Attributes:
-        tokens_per_block: at most so many tokens make a block.
-        block_bytes: what they take.
+        block_bytes: room for a block of any transfer.
 
     Raises:
         LaneUnavailable: this node cannot use it; the message says why.
@@ -104,15 +124,19 @@ class Lane(ABC):
 
     def __init__(self, rows: KVRows, block_bytes: int | None = None) -> None:
         self.rows = rows
-        self.tokens_per_block = max(1, (block_bytes or self.BLOCK_BYTES) // rows.token_bytes)
-        self.block_bytes = self.tokens_per_block * rows.token_bytes
+        self._most_bytes = block_bytes or self.BLOCK_BYTES
+        self.block_bytes = max(self._most_bytes, rows.token_bytes)
+
+    def cut(self, rows: KVRows) -> Cut:
+        """Cut a transfer of these rows, which are some of the node's."""
+        return Cut(rows, max(1, self._most_bytes // rows.token_bytes))
 
     @abstractmethod
     def open_sender(self) -> SendingEnd:
-        """Open the sender's end of a transfer."""
+        """Open a sender's end; who uses it sets its `cut`."""
 
     @abstractmethod
-    def open_receiver(self, fields: bytes) -> ReceivingEnd:
+    def open_receiver(self, fields: bytes, cut: Cut) -> ReceivingEnd:
         """Open the receiver's end from what `SendingEnd.offer` made.
 
         Raises:
@@ -149,18 +173,19 @@ class StagedSender(SendingEnd):
 
     @abstractmethod
     def staging(self, index: int) -> Tensor:
-        """Where block `index` is to be packed: uint8 [lane.block_bytes], contiguous."""
+        """Where block `index` is to be packed: uint8 [cut.block_bytes], contiguous."""
 
     def pack(self, index: int, slots: np.ndarray) -> bytes:
-        self.lane.rows.pack(slots, self.staging(index))
+        self.cut.rows.pack(slots, self.staging(index))
         return b""
 
 
 class StagedReceiver(ReceivingEnd):
     """Unpacks blocks from where `fetch` has got them."""
 
-    def __init__(self, lane: Lane) -> None:
+    def __init__(self, lane: Lane, cut: Cut) -> None:
         self.lane = lane
+        self.cut = cut
         self._fetched: Tensor | None = None
 
     @abstractmethod
@@ -172,7 +197,7 @@ class StagedReceiver(ReceivingEnd):
 
     def unpack(self, slots: np.ndarray) -> None:
         assert self._fetched is not None, "a block is pulled first"
-        self.lane.rows.unpack(slots, self._fetched)
+        self.cut.rows.unpack(slots, self._fetched)
 
 
 class Lanes:
@@ -199,12 +224,14 @@ class Lanes:
     def __getitem__(self, name: str) -> Lane:
         return self._lanes[name]
 
-    def take_sender(self, name: str) -> SendingEnd:
-        """A sender's end of this lane."""
+    def take_sender(self, name: str, rows: KVRows) -> SendingEnd:
+        """A sender's end of this lane, for a transfer of these rows."""
+        lane = self._lanes[name]
         with self._lock:
-            if self._spare[name]:
-                return self._spare[name].pop()
-        return self._lanes[name].open_sender()
+            end = self._spare[name].pop() if self._spare[name] else None
+        end = end or lane.open_sender()
+        end.cut = lane.cut(rows)
+        return end
 
     def put_back(self, name: str, end: SendingEnd) -> None:
         """Give a sender's end back; it is kept, or closed."""

@@ -22,9 +22,9 @@ from lightllm.transfer import frames
 from lightllm.transfer.base import Endings, Hold, Ledger, Transport, fault_of
 from lightllm.transfer.channel import Channel
 from lightllm.transfer.frames import Choice, LaneOffer, Opening
-from lightllm.transfer.lane import LaneUnavailable, ReceivingEnd
-from lightllm.transfer.receipt import Receipt
-from lightllm.transfer.shipment import Node, Shipment
+from lightllm.transfer.lane import Cut, LaneUnavailable, ReceivingEnd
+from lightllm.transfer.receipt import Intake, Receipt
+from lightllm.transfer.shipment import Node, Sending, Shipment
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class KVLink(Transport):
     def __init__(self, node: Node, host: str, port: int, advertised_host: str | None = None) -> None:
         self._node = node
         self._ledger = Ledger()
-        self._shipments: dict[str, Shipment] = {}
+        self._sendings: dict[str, Sending] = {}
         self._receipts: dict[str, Receipt] = {}  # by ticket
         self._changed = threading.Condition()
         self._choices: dict[str, str] = {}  # by node
@@ -75,25 +75,26 @@ class KVLink(Transport):
             self._changed.notify_all()
 
     def send(self, order: KVTransferOrder, written: Moment) -> None:
-        shipment = self._shipment(order.request_id)
+        sending = self._sending(order.request_id)
         assert order.target is not None, "an order to send names its target"
         if order.start == order.target.num_cached_tokens:
+            sending = Sending(self._node, order, Hold(order.request_id, self._ledger, "sent"))
             with self._changed:
                 self._forget_ended()
-                shipment = Shipment(self._node, order, Hold(order.request_id, self._ledger, "sent"))
-                self._shipments[order.request_id] = shipment
-            self._start(partial(self._ship, shipment), "kv-send")
-        if shipment is not None:
-            shipment.add(order, written)
+                self._sendings[order.request_id] = sending
+            for shipment in sending.shipments:
+                self._start(partial(self._ship, sending, shipment), "kv-send")
+        if sending is not None:
+            sending.add(order, written)
 
     def complete(self, request_id: str, first_token_id: int) -> None:
-        shipment = self._shipment(request_id)
-        if shipment is not None:
-            shipment.complete(first_token_id)
+        sending = self._sending(request_id)
+        if sending is not None:
+            sending.complete(first_token_id)
 
     def cancel(self, request_id: str) -> None:
         with self._changed:
-            moving: list[Shipment | Receipt] = [*self._shipments.values(), *self._receipts.values()]
+            moving: list[Sending | Receipt] = [*self._sendings.values(), *self._receipts.values()]
         for transfer in moving:
             if transfer.hold.request_id == request_id and transfer.hold.fail("cancelled", "cancelled"):
                 transfer.interrupt()
@@ -107,7 +108,7 @@ class KVLink(Transport):
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         with self._changed:
-            moving: list[Shipment | Receipt] = [*self._shipments.values(), *self._receipts.values()]
+            moving: list[Sending | Receipt] = [*self._sendings.values(), *self._receipts.values()]
             self._changed.notify_all()
         for transfer in moving:
             transfer.hold.fail("this node stops", "stopped")
@@ -130,9 +131,9 @@ class KVLink(Transport):
 
     # ------------------------------------------------------------ in threads
 
-    def _ship(self, shipment: Shipment) -> None:
-        shipment.run()
-        _log_end(shipment.hold)
+    def _ship(self, sending: Sending, shipment: Shipment) -> None:
+        if not shipment.run():
+            sending.interrupt()  # the others have nothing to wait for
 
     def _accept(self) -> None:
         while not self._is_closed:
@@ -178,26 +179,28 @@ class KVLink(Transport):
         channel.send_raw(acceptor.challenge(), limit_s)
         hello = acceptor.take_hello(channel.receive_raw(limit_s))
         opening = frames.decode(hello.detail, Opening)
-        receipt = self._admit(acceptor, hello, opening, channel)
-        end = None
+        intake = self._admit(acceptor, hello, opening, channel)
+        receipt, end, is_done = intake.receipt, None, False
         try:
-            lane, end = self._choose_lane(acceptor, opening.lanes, receipt.source.node_id)
+            lane, end, cut = self._choose_lane(acceptor, opening.lanes, intake)
             receipt.hold.lane = lane
             detail = frames.encode(Choice(lane=lane))
             welcome, channel.seal = acceptor.welcome(socket.gethostname(), self._node.epoch, detail)
             channel.send_raw(welcome, limit_s)
-            receipt.run(channel, self._node.lanes[lane], end)
-            _log_end(receipt.hold)
+            intake.run(channel, end, cut)
+            is_done = True
         except (KVTransferError, LinkBroken, LinkRefused, OSError) as error:
             receipt.hold.fail(f"receiving KV from {receipt.source.node_id}: {error}", fault_of(error))
             raise
         finally:
-            receipt.hold.fail("receiving KV ended without a result")
+            if not is_done:
+                receipt.hold.fail("receiving KV ended without a result")
+                receipt.interrupt(but=channel)  # the other ranks have nothing to wait for
             if end is not None:
                 end.close()
 
-    def _admit(self, acceptor: Acceptor, hello: Hello, opening: Opening, channel: Channel) -> Receipt:
-        """The receipt that this peer's ticket stands for.
+    def _admit(self, acceptor: Acceptor, hello: Hello, opening: Opening, channel: Channel) -> Intake:
+        """What this peer's ticket admits it to.
 
         Raises:
             LinkRefused: there is none for it.
@@ -216,7 +219,8 @@ class KVLink(Transport):
         if hello.epoch != receipt.source.epoch:
             text = f"the transfer is expected from epoch {receipt.source.epoch}, not {hello.epoch}"
             raise acceptor.refuse("old_epoch", text)
-        if not receipt.claim(channel):
+        expected = self._expected(acceptor, opening)
+        if not receipt.claim(channel, opening.rank, opening.layout.tp_size, len(expected)):
             raise acceptor.refuse("bad_ticket", "the ticket was used, or the transfer was given up")
         differences = node.layout.differences(opening.layout)
         diff = tuple(f"{name}: here {own!r}, there {other!r}" for name, own, other in differences)
@@ -226,19 +230,38 @@ class KVLink(Transport):
             text = f"the KV of the two nodes does not fit: {'; '.join(diff)}"
             receipt.hold.fail(text, "bad_layout")
             raise acceptor.refuse("bad_layout", text, diff)
-        return receipt
+        return Intake(receipt, expected[opening.rank])
+
+    def _expected(self, acceptor: Acceptor, opening: Opening) -> dict[int, range]:
+        """The KV heads that each rank of a sender has for this one; the peer is one of these ranks.
+
+        Raises:
+            LinkRefused: it is not.
+        """
+        try:
+            expected = {p.source_rank: p.heads for p in self._node.receives(opening.layout.tp_size)}
+        except KVTransferError as error:
+            raise acceptor.refuse("bad_layout", str(error)) from error
+        if opening.rank not in expected:
+            ranks = ", ".join(map(str, expected))
+            text = (
+                f"rank {opening.rank} of {opening.layout.tp_size} has nothing for rank {self._node.rank} here"
+            )
+            raise acceptor.refuse("bad_layout", f"{text}; it expects {ranks}")
+        return expected
 
     def _choose_lane(
-        self, acceptor: Acceptor, offers: list[LaneOffer], node_id: str
-    ) -> tuple[str, ReceivingEnd]:
+        self, acceptor: Acceptor, offers: list[LaneOffer], intake: Intake
+    ) -> tuple[str, ReceivingEnd, Cut]:
         """The first of the sender's lanes that both can use; the log says where that has changed."""
-        lanes, reasons = self._node.lanes, []
+        lanes, node_id, reasons = self._node.lanes, intake.receipt.source.node_id, []
         for offer in offers:
             if offer.name not in lanes.names:
                 reasons.append(f"{offer.name}: not open here")
                 continue
+            cut = lanes[offer.name].cut(intake.rows)
             try:
-                end = lanes[offer.name].open_receiver(offer.fields)
+                end = lanes[offer.name].open_receiver(offer.fields, cut)
             except LaneUnavailable as error:
                 reasons.append(f"{offer.name}: {error}")
                 continue
@@ -246,30 +269,17 @@ class KVLink(Transport):
             if self._choices.get(node_id) != choice:
                 self._choices[node_id] = choice
                 logger.info("KV link: KV of node %s comes by %s", node_id, choice)
-            return offer.name, end
+            return offer.name, end, cut
         text = "no common --kv_transport"
         raise acceptor.refuse("no_lane", f"{text}: {'; '.join(reasons)}", tuple(reasons))
 
-    def _shipment(self, request_id: str) -> Shipment | None:
+    def _sending(self, request_id: str) -> Sending | None:
         with self._changed:
-            return self._shipments.get(request_id)
+            return self._sendings.get(request_id)
 
     def _forget_ended(self) -> None:
         """Drop transfers that have ended; holds the condition's lock."""
-        for request_id in [i for i, s in self._shipments.items() if s.hold.is_over]:
-            del self._shipments[request_id]
+        for request_id in [i for i, s in self._sendings.items() if s.hold.is_over]:
+            del self._sendings[request_id]
         for ticket in [t for t, r in self._receipts.items() if r.hold.is_over]:
             del self._receipts[ticket]
-
-
-def _log_end(hold: Hold) -> None:
-    duration_s = time.monotonic() - hold.began_s
-    logger.info(
-        "KV of %s: %s %d bytes by %s in %.3f s (%.0f MB/s)",
-        hold.request_id,
-        hold.direction,
-        hold.num_bytes,
-        hold.lane or "no lane",
-        duration_s,
-        hold.num_bytes / max(duration_s, 1e-9) / 1e6,
-    )

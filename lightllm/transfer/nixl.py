@@ -20,6 +20,7 @@ from lightllm.transfer.channel import Channel
 from lightllm.transfer.frames import Block
 from lightllm.transfer.lane import (
     WINDOW,
+    Cut,
     Lane,
     LaneUnavailable,
     ReceivingEnd,
@@ -94,7 +95,7 @@ class NixlLane(Lane):
     def open_sender(self) -> SendingEnd:
         return _Sender(self)
 
-    def open_receiver(self, fields: bytes) -> ReceivingEnd:
+    def open_receiver(self, fields: bytes, cut: Cut) -> ReceivingEnd:
         try:
             offer = msgspec.msgpack.decode(fields, type=Offer)
         except msgspec.DecodeError as error:
@@ -103,7 +104,7 @@ class NixlLane(Lane):
             raise LaneUnavailable(f"there: {offer.obstacle}")
         if offer.version != self.version:
             raise LaneUnavailable(f"{PACKAGE} {offer.version} there, {self.version} here: install equal ones")
-        return _Receiver(self, self.agent())
+        return _Receiver(self, cut, self.agent())
 
 
 class _Sender(StagedSender):
@@ -120,8 +121,8 @@ class _Sender(StagedSender):
         if self._memory is None:  # only if the receiver has taken this lane
             self._agent = self._nixl.agent()
             self._memory = self._agent.take(WINDOW * self.lane.block_bytes)
-        start = index % WINDOW * self.lane.block_bytes
-        return self._memory.data[start : start + self.lane.block_bytes]
+        start = index % WINDOW * self.cut.block_bytes
+        return self._memory.data[start : start + self.cut.block_bytes]
 
     def pack(self, index: int, slots: np.ndarray) -> bytes:
         super().pack(index, slots)
@@ -138,8 +139,8 @@ class _Sender(StagedSender):
 
 
 class _Receiver(StagedReceiver):
-    def __init__(self, lane: NixlLane, agent: Agent) -> None:
-        super().__init__(lane)
+    def __init__(self, lane: NixlLane, cut: Cut, agent: Agent) -> None:
+        super().__init__(lane, cut)
         self._agent = agent
         self._memory = agent.take(lane.block_bytes)
         self._source: Place | None = None
@@ -152,7 +153,7 @@ class _Receiver(StagedReceiver):
                 raise LinkBroken(f"a place that does not belong here: {error}") from error
         if self._source is None:
             raise LinkBroken("a block whose place was not said")
-        offset = block.index % WINDOW * self.lane.block_bytes
+        offset = block.index % WINDOW * self.cut.block_bytes
         self._agent.read(self._source, offset, self._memory, size, channel, limit_s)
         return self._memory.data[:size]
 

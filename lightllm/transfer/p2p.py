@@ -32,7 +32,7 @@ from lightllm.device.kv_pool import LABEL_BYTES
 from lightllm.errors import KVTransferError
 from lightllm.transfer.channel import MAX_KV_FRAME_BYTES, Channel
 from lightllm.transfer.frames import Block
-from lightllm.transfer.lane import Lane, LaneUnavailable, ReceivingEnd, SendingEnd
+from lightllm.transfer.lane import Cut, Lane, LaneUnavailable, ReceivingEnd, SendingEnd
 from lightllm.transfer.plan import KVRows
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ class PoolOffer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         pid: of the process that holds the pool.
         handle, offset: see Exported.
         num_slots: of the pool.
+        first_head, num_heads: the model's KV heads that it holds.
     """
 
     host: str
@@ -66,7 +67,14 @@ class PoolOffer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     handle: Handle
     offset: Count
     num_slots: Slots
+    first_head: Count
+    num_heads: Slots
     label: Label
+
+    @property
+    def heads(self) -> range:
+        """The model's KV heads that the pool holds."""
+        return range(self.first_head, self.first_head + self.num_heads)
 
 
 class P2PLane(Lane):
@@ -78,7 +86,6 @@ class P2PLane(Lane):
         if rows.device.type != "cuda":
             raise LaneUnavailable(f"the KV is on a {rows.device.type}, not on a GPU")
         super().__init__(rows, block_bytes)
-        self.tokens_per_block = min(self.tokens_per_block, MAX_BLOCK_TOKENS)
         self.device_rows = cast("DeviceRows", rows)
         pool = rows.pool
         label = secrets.token_bytes(LABEL_BYTES)
@@ -98,16 +105,22 @@ class P2PLane(Lane):
             handle=exported.handle,
             offset=exported.offset,
             num_slots=pool.num_slots,
+            first_head=rows.heads.start,
+            num_heads=len(rows.heads),
             label=label,
         )
         self.offer = msgspec.msgpack.encode(offer)
         self._peers: dict[bytes, PeerPool] = {}
         self._lock = threading.Lock()
 
+    def cut(self, rows: KVRows) -> Cut:
+        cut = super().cut(rows)
+        return cut._replace(tokens_per_block=min(cut.tokens_per_block, MAX_BLOCK_TOKENS))
+
     def open_sender(self) -> SendingEnd:
         return _Sender(self.offer)
 
-    def open_receiver(self, fields: bytes) -> ReceivingEnd:
+    def open_receiver(self, fields: bytes, cut: Cut) -> ReceivingEnd:
         with self._lock:
             peer = self._peers.get(fields)
             if peer is None or peer.is_closed:
@@ -121,7 +134,10 @@ class P2PLane(Lane):
                 self._peers.pop(fields, None)
             peer.stop()
             raise
-        return _Receiver(peer, self.device_rows)
+        theirs, ours = peer.offer.heads, cut.rows.heads
+        if ours.start < theirs.start or ours.stop > theirs.stop:
+            raise LaneUnavailable(f"the sender's pool has KV heads {_shown(theirs)}, not {_shown(ours)}")
+        return _Receiver(peer, cast("DeviceRows", cut.rows))
 
     def close(self) -> None:
         with self._lock:
@@ -156,7 +172,8 @@ class PeerPool:
         self._lane, self._opened = lane, opened
         self._lock = threading.Lock()
         self._stop = os.eventfd(0, os.EFD_CLOEXEC)
-        self._storage_bytes = offer.num_slots * rows.token_bytes
+        head_bytes = rows.num_tensors * rows.head_bytes
+        self._storage_bytes = offer.num_slots * offer.num_heads * head_bytes
         self._address = opened.address + offer.offset
         self.is_closed = False
         threading.Thread(target=self._watch, name="kv-peer", daemon=True).start()
@@ -244,10 +261,15 @@ class _Receiver(ReceivingEnd):
 
     def unpack(self, slots: np.ndarray) -> None:
         with self._peer.reading() as address:
-            self._rows.pull(address, self._peer.offer.num_slots, self._source_slots, slots)
+            offer = self._peer.offer
+            self._rows.pull(address, offer.num_slots, offer.heads, self._source_slots, slots)
 
     def close(self) -> None:
         return
+
+
+def _shown(heads: range) -> str:
+    return f"{heads.start}..{heads.stop - 1}"
 
 
 def _decoded(fields: bytes) -> PoolOffer:

@@ -1,7 +1,7 @@
-"""Receipt: the receiver's end of one transfer; runs in the thread of the sender's connection.
+"""Receipt: the KV of one request, from all ranks that have some of it. Intake: what one of them sends.
 
-Writes into slots only while it holds them: whoever gives the hold up knows that no byte can land any more,
-whatever the sender does later.
+An intake runs in the thread of the sender's connection. It writes into slots only while the receipt holds
+them: whoever gives the hold up knows that no byte can land any more, whatever the sender does later.
 """
 
 import threading
@@ -17,7 +17,7 @@ from lightllm.transfer import frames
 from lightllm.transfer.base import Hold, fault_of
 from lightllm.transfer.channel import Channel
 from lightllm.transfer.frames import Accepted, Ack, Alive, Block, Complete, Rejected
-from lightllm.transfer.lane import Lane, ReceivingEnd
+from lightllm.transfer.lane import Cut, ReceivingEnd
 from lightllm.transfer.plan import digest
 from lightllm.transfer.shipment import Node
 
@@ -36,95 +36,128 @@ class Receipt:
         self.hold = hold
         self.source: KVSource = order.source
         self.start = order.start
-        self._node = node
-        self._free = free
-        self._token_ids = order.token_ids
-        self._slots = np.array(order.slots, dtype=np.int64)
+        self.node = node
+        self.free = free
+        self.token_ids = order.token_ids
+        self.slots = np.array(order.slots, dtype=np.int64)
         self._lock = threading.Lock()
-        self._is_claimed = False
-        self._channel: Channel | None = None
-        self._chunks: list[tuple[int, int]] = []
+        self._first_token_id: int | None = None
+        self._source_size = 0
+        self._channels: dict[int, Channel] = {}
 
-    def claim(self, channel: Channel) -> bool:
-        """Whether this connection is the one that the ticket admits: the first, while it is wanted."""
+    def claim(self, channel: Channel, source_rank: int, source_size: int, num_parts: int) -> bool:
+        """Whether the ticket admits this connection: the first of its rank, while it is wanted.
+
+        Args:
+            source_size: ranks of the sender, of which `num_parts` have something for us.
+        """
         with self._lock:
-            if self._is_claimed or self.hold.is_over:
+            if not self._channels:
+                self.hold.began_s = time.monotonic()
+                self.hold.num_parts, self._source_size = num_parts, source_size
+            if source_rank in self._channels or source_size != self._source_size or self.hold.is_over:
                 return False
-            self._is_claimed = True
-            self._channel = channel
-            self.hold.began_s = time.monotonic()
+            self._channels[source_rank] = channel
             return True
 
-    def interrupt(self) -> None:
-        """Stop waiting for the peer; called once the hold is given up."""
-        with self._lock:
-            if self._channel is not None:
-                self._channel.interrupt()
+    def interrupt(self, but: Channel | None = None) -> None:
+        """Stop waiting for the peer; called once the hold is given up.
 
-    def run(self, channel: Channel, lane: Lane, end: ReceivingEnd) -> None:
-        """Take blocks by this lane until the sender has completed; ends the hold either way.
+        Args:
+            but: a connection that has still something to say.
+        """
+        with self._lock:
+            for channel in self._channels.values():
+                if channel is not but:
+                    channel.interrupt()
+
+    def is_first_token(self, token_id: int) -> bool:
+        """Whether all ranks so far have told this one."""
+        with self._lock:
+            self._first_token_id = token_id if self._first_token_id is None else self._first_token_id
+            return token_id == self._first_token_id
+
+
+class Intake:
+    """Receives some heads of it, from one rank of the sender.
+
+    Args:
+        heads: the model's KV heads that it brings.
+    """
+
+    def __init__(self, receipt: Receipt, heads: range) -> None:
+        self.receipt = receipt
+        self.rows = receipt.node.rows.part(heads)
+        self._chunks: list[tuple[int, int]] = []
+
+    def run(self, channel: Channel, end: ReceivingEnd, cut: Cut) -> None:
+        """Take blocks until the sender has completed; ends the hold, or its part of it.
 
         Raises:
             KVTransferError, LinkBroken: the transfer has failed; the hold's ending says why.
         """
+        hold, node = self.receipt.hold, self.receipt.node
         try:
             while True:
-                match channel.receive(frames.FromSender, self._node.limits.silence_s):
+                match channel.receive(frames.FromSender, node.limits.silence_s):
                     case Block() as block:
-                        self._take(channel, lane, end, block)
+                        self._take(channel, end, cut, block)
                     case Complete() as complete:
                         self._accept(channel, complete)
                         return
                     case Alive():
                         continue
         except (KVTransferError, LinkBroken, OSError) as error:
-            reason = f"receiving KV from {self.source.node_id}: {error}"
-            self.hold.fail(reason, fault_of(error))
+            reason = f"receiving KV from {self.receipt.source.node_id}: {error}"
+            hold.fail(reason, fault_of(error))
             self._tell(channel, reason)
             raise
 
-    def _take(self, channel: Channel, lane: Lane, end: ReceivingEnd, block: Block) -> None:
+    def _take(self, channel: Channel, end: ReceivingEnd, cut: Cut, block: Block) -> None:
+        receipt = self.receipt
         num_there = sum(count for _, count in self._chunks)
         first, stop = num_there, num_there + block.count
-        is_next = block.index == len(self._chunks) and block.start == self.start + first
-        if not is_next or not 1 <= block.count <= lane.tokens_per_block or stop > len(self._slots):
+        is_next = block.index == len(self._chunks) and block.start == receipt.start + first
+        if not is_next or not 1 <= block.count <= cut.tokens_per_block or stop > len(receipt.slots):
             raise LinkBroken(
                 f"block {block.index} of {block.count} tokens from {block.start}; expected was block "
-                f"{len(self._chunks)} from {self.start + first} with 1..{lane.tokens_per_block} tokens of "
-                f"{len(self._slots) - first} left"
+                f"{len(self._chunks)} from {receipt.start + first} with 1..{cut.tokens_per_block} tokens of "
+                f"{len(receipt.slots) - first} left"
             )
-        size = block.count * lane.rows.token_bytes
-        end.pull(channel, block, size, self._node.limits.silence_s)
-        self._free.wait()
-        with self.hold.touching():
-            end.unpack(self._slots[first:stop])
+        size = block.count * cut.rows.token_bytes
+        end.pull(channel, block, size, receipt.node.limits.silence_s)
+        receipt.free.wait()
+        with receipt.hold.touching():
+            end.unpack(receipt.slots[first:stop])
         self._chunks.append((block.start, block.count))
-        self.hold.num_bytes += size
-        channel.send(Ack(), self._node.limits.silence_s)
+        receipt.hold.moved(size)
+        channel.send(Ack(), receipt.node.limits.silence_s)
 
     def _accept(self, channel: Channel, complete: Complete) -> None:
+        receipt = self.receipt
         ours = {
-            "ticket": self.source.ticket,
-            "source_epoch": self.source.epoch,
-            "target_epoch": self._node.epoch,
-            "num_tokens": len(self._token_ids),
-            "digest": digest(self._node.layout, self._token_ids, self._chunks),
+            "ticket": receipt.source.ticket,
+            "source_epoch": receipt.source.epoch,
+            "target_epoch": receipt.node.epoch,
+            "num_tokens": len(receipt.token_ids),
+            "digest": digest(receipt.node.layout, self.rows.heads, receipt.token_ids, self._chunks),
         }
         wrong = [name for name, value in ours.items() if getattr(complete, name) != value]
         num_there = sum(count for _, count in self._chunks)
-        if num_there != len(self._slots):
-            wrong.append(f"{num_there} of {len(self._slots)} tokens came")
+        if num_there != len(receipt.slots):
+            wrong.append(f"{num_there} of {len(receipt.slots)} tokens came")
+        if not receipt.is_first_token(complete.first_token_id):
+            wrong.append("another rank has another first token")
         if wrong:
             text = f"the sender's end does not match: {', '.join(wrong)}"
             raise KVTransferError(text, fault="not_accepted")
-        arrival = KVArrival(request_id=self.hold.request_id, first_token_id=complete.first_token_id)
-        if not self.hold.end(arrival):
-            raise KVTransferError("the transfer was given up here")
-        channel.send(Accepted(), self._node.limits.silence_s)
+        arrival = KVArrival(request_id=receipt.hold.request_id, first_token_id=complete.first_token_id)
+        receipt.hold.end_part(arrival)
+        channel.send(Accepted(), receipt.node.limits.silence_s)
 
     def _tell(self, channel: Channel, reason: str) -> None:
         """Let the sender know at once, if it still listens."""
         try:
-            channel.send(Rejected(reason=reason[:500]), self._node.limits.handshake_s)
+            channel.send(Rejected(reason=reason[:500]), self.receipt.node.limits.handshake_s)
         except KVTransferError:
             pass

@@ -1,6 +1,6 @@
-"""Shipment: the sender's end of one transfer, in a thread of its own.
+"""Sending: all that a rank sends of one request. Shipment: to one rank of the receiver, in its own thread.
 
-Dials the receiver, offers lanes, then packs and announces each order's blocks as they come, so that the
+A shipment dials, offers lanes, then packs and announces each order's blocks as they come, so that the
 beginning of a prompt is on its way while the rest of it is computed. Reads slots only while it holds them.
 """
 
@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -18,7 +18,7 @@ import numpy as np
 
 from lightllm.cluster_link import Dialer, LinkBroken, LinkRefused
 from lightllm.device.base import Moment
-from lightllm.errors import KVTransferError
+from lightllm.errors import ConfigError, KVTransferError
 from lightllm.messages import KVLayout, KVTarget, KVTransferOrder
 from lightllm.transfer import frames
 from lightllm.transfer.base import Hold, Limits, fault_of
@@ -35,7 +35,7 @@ from lightllm.transfer.frames import (
     Rejected,
 )
 from lightllm.transfer.lane import WINDOW, Lanes, SendingEnd
-from lightllm.transfer.plan import blocks, digest
+from lightllm.transfer.plan import KVRows, Part, blocks, digest, parts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +43,8 @@ class Node:
     """What all transfers of this node have in common.
 
     Attributes:
-        rank: of those that share the model; each moves its part of the KV to and from the same rank there.
+        rank: of those that share the model.
+        head_ranges: number of ranks -> the KV heads that each of them holds; raises ConfigError.
         lanes: those that it has open.
         epoch: of this life of the KV link.
     """
@@ -53,21 +54,97 @@ class Node:
     epoch: int
     lanes: Lanes
     limits: Limits
+    head_ranges: Callable[[int], Sequence[range]]
     rank: int = 0
 
+    @property
+    def rows(self) -> KVRows:
+        """All rows of this rank."""
+        return self.lanes[self.lanes.names[0]].rows
 
-class Shipment:
-    """Sends the KV of one request.
+    def sends(self, target_size: int) -> list[Part]:
+        """What this rank has for those of a receiver with so many.
+
+        Raises:
+            KVTransferError: the model cannot be spread over so many.
+        """
+        own, theirs = self._ranges(self.layout.tp_size), self._ranges(target_size)
+        return [part for part in parts(own, theirs) if part.source_rank == self.rank]
+
+    def receives(self, source_size: int) -> list[Part]:
+        """What those of a sender with so many have for this rank.
+
+        Raises:
+            KVTransferError: as `sends`.
+        """
+        own, theirs = self._ranges(self.layout.tp_size), self._ranges(source_size)
+        return [part for part in parts(theirs, own) if part.target_rank == self.rank]
+
+    def _ranges(self, size: int) -> Sequence[range]:
+        try:
+            return self.head_ranges(size)
+        except ConfigError as error:
+            raise KVTransferError(f"a node of {size} ranks: {error}", fault="bad_layout") from error
+
+
+class Sending:
+    """Sends the KV of one request to all ranks that need heads of this one.
 
     Args:
         first: its first order.
         hold: on the slots of all its orders.
+
+    Attributes:
+        shipments: what is to be run; none where other ranks have all that is needed.
     """
 
     def __init__(self, node: Node, first: KVTransferOrder, hold: Hold) -> None:
         assert first.target is not None, "an order to send names its target"
         self.hold = hold
+        self.shipments: list[Shipment] = []
+        addresses = first.target.address.split(",")  # one for each rank
+        try:
+            found = node.sends(len(addresses))
+        except KVTransferError as error:
+            hold.fail(f"sending KV to {first.target.node_id}: {error}", fault_of(error))
+            return
+        hold.num_parts = len(found)
+        self.shipments = [Shipment(node, first, addresses[p.target_rank], p.heads, hold) for p in found]
+
+    def add(self, order: KVTransferOrder, written: Moment) -> None:
+        """Ship this, too, once the device is past that moment; called in the order of positions."""
+        for shipment in self.shipments:
+            shipment.add(order, written)
+        if not self.shipments and order.token_ids:
+            self.hold.end(self.hold.request_id)
+
+    def complete(self, first_token_id: int) -> None:
+        """What the step of the last order has sampled."""
+        for shipment in self.shipments:
+            shipment.complete(first_token_id)
+
+    def interrupt(self) -> None:
+        """Stop waiting for peers; called once the hold is given up."""
+        for shipment in self.shipments:
+            shipment.interrupt()
+
+
+class Shipment:
+    """Sends some heads of the KV of one request.
+
+    Args:
+        first: its first order.
+        address: of the rank that it goes to.
+        heads: the model's KV heads that it brings.
+        hold: on the slots of all its orders.
+    """
+
+    def __init__(self, node: Node, first: KVTransferOrder, address: str, heads: range, hold: Hold) -> None:
+        assert first.target is not None, "an order to send names its target"
+        self.hold = hold
         self._node = node
+        self._address = address
+        self._rows = node.rows.part(heads)
         self._target: KVTarget = first.target
         self._start = first.start
         self._orders: deque[tuple[KVTransferOrder, Moment]] = deque()
@@ -102,9 +179,14 @@ class Shipment:
                 self._channel.interrupt()
             os.eventfd_write(self._news, 1)
 
-    def run(self) -> None:
-        """Send everything and wait until the peer has accepted; ends the hold either way."""
+    def run(self) -> bool:
+        """Send everything and wait until the peer has accepted; ends the hold, or its part of it.
+
+        Returns:
+            Whether it has; otherwise the hold's ending says why not.
+        """
         ends: dict[str, SendingEnd] = {}
+        is_done = False
         try:
             channel = self._dial()
             end = self._open(channel, ends)
@@ -113,27 +195,28 @@ class Shipment:
                 token_ids = self._ship_next(channel, end)
             self._wait_until(lambda: self._first_token_id is not None, channel)
             self._complete(channel, token_ids)
-            self.hold.end(self.hold.request_id)
+            self.hold.end_part(self.hold.request_id)
+            is_done = True
         except (KVTransferError, LinkBroken, LinkRefused, msgspec.DecodeError, OSError) as error:
-            reason = f"sending KV to {self._target.node_id} at {self._target.address}: {error}"
+            reason = f"sending KV to {self._target.node_id} at {self._address}: {error}"
             self.hold.fail(reason, fault_of(error))
         finally:
-            self.hold.fail("sending KV ended without a result")
+            if not is_done:
+                self.hold.fail("sending KV ended without a result")
             self._close(ends)
+        return is_done
 
     def _ship_next(self, channel: Channel, end: SendingEnd) -> list[int]:
         """Ship the next order; returns its `token_ids`, which only the last one has."""
         self._wait_until(lambda: bool(self._orders), channel)
         order, written = self._orders.popleft()
         written.wait()
-        for start, slots in blocks(
-            order.start, order.slots, self._node.lanes[self.hold.lane].tokens_per_block
-        ):
+        for start, slots in blocks(order.start, order.slots, end.cut.tokens_per_block):
             self._ship(channel, end, start, slots)
         return order.token_ids
 
     def _ship(self, channel: Channel, end: SendingEnd, start: int, slots: np.ndarray) -> None:
-        index, size = len(self._chunks), len(slots) * self._node.lanes[self.hold.lane].rows.token_bytes
+        index, size = len(self._chunks), len(slots) * self._rows.token_bytes
         while self._num_unacknowledged >= WINDOW:
             self._take_ack(channel)
         with self.hold.touching():
@@ -142,22 +225,17 @@ class Shipment:
         end.push(channel, index, size, self._silence_s)
         self._chunks.append((start, len(slots)))
         self._num_unacknowledged += 1
-        self.hold.num_bytes += size
+        self.hold.moved(size)
 
     @property
     def _silence_s(self) -> float:
         return self._node.limits.silence_s
 
     def _dial(self) -> Channel:
-        addresses = self._target.address.split(",")  # one for each rank
-        if len(addresses) != self._node.layout.tp_size:
-            raise KVTransferError(
-                f"{self._target.node_id} has {len(addresses)} ranks, here are {self._node.layout.tp_size}"
-            )
-        scheme, _, place = addresses[self._node.rank].partition("://")
+        scheme, _, place = self._address.partition("://")
         host, _, port = place.rpartition(":")
         if scheme != "tcp" or not port.isdigit():
-            raise KVTransferError(f"{self._target.address!r} is no address of a KV link (tcp://HOST:PORT)")
+            raise KVTransferError(f"{self._address!r} is no address of a KV link (tcp://HOST:PORT)")
         sock = socket.create_connection((host.strip("[]"), int(port)), self._node.limits.handshake_s)
         channel = Channel(sock)
         with self._lock:
@@ -170,11 +248,12 @@ class Shipment:
         """Greet the receiver; it chooses one of our lanes."""
         node, limits = self._node, self._node.limits
         for name in node.lanes.names:
-            ends[name] = node.lanes.take_sender(name)
+            ends[name] = node.lanes.take_sender(name, self._rows)
         opening = Opening(
             ticket=self._target.ticket,
             target_epoch=self._target.epoch,
             start=self._start,
+            rank=node.rank,
             layout=node.layout,
             lanes=[LaneOffer(name=name, fields=end.offer()) for name, end in ends.items()],
         )
@@ -228,7 +307,7 @@ class Shipment:
             target_epoch=self._target.epoch,
             num_tokens=len(token_ids),
             first_token_id=self._first_token_id,
-            digest=digest(self._node.layout, token_ids, self._chunks),
+            digest=digest(self._node.layout, self._rows.heads, token_ids, self._chunks),
         )
         channel.send(complete, self._silence_s)
         match channel.receive(frames.FromReceiver, self._silence_s):

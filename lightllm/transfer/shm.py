@@ -21,6 +21,7 @@ from lightllm.transfer.channel import Channel
 from lightllm.transfer.frames import Block
 from lightllm.transfer.lane import (
     WINDOW,
+    Cut,
     Lane,
     LaneUnavailable,
     ReceivingEnd,
@@ -48,7 +49,6 @@ class ShmLane(Lane):
 
     def __init__(self, rows: KVRows, block_bytes: int | None = None) -> None:
         super().__init__(rows, block_bytes)
-        self.num_bytes = WINDOW * self.block_bytes + NONCE_BYTES
         self._is_pinning = True
 
     def pin(self, memory: Tensor) -> bool:
@@ -67,16 +67,16 @@ class ShmLane(Lane):
     def open_sender(self) -> SendingEnd:
         return _Sender(self)
 
-    def open_receiver(self, fields: bytes) -> ReceivingEnd:
-        return _Receiver(self, fields)
+    def open_receiver(self, fields: bytes, cut: Cut) -> ReceivingEnd:
+        return _Receiver(self, fields, cut)
 
 
 class _Mapping:
     """The file in this process's memory; pinned when a block is first moved: most offers are not taken."""
 
-    def __init__(self, lane: ShmLane, fd: int) -> None:
+    def __init__(self, lane: ShmLane, fd: int, size: int) -> None:
         # Writable for the receiver, too, because torch knows no other memory.
-        self._memory = torch.from_numpy(np.frombuffer(mmap.mmap(fd, lane.num_bytes), dtype=np.uint8))
+        self._memory = torch.from_numpy(np.frombuffer(mmap.mmap(fd, size), dtype=np.uint8))
         self._lane = lane
         self._is_pinned: bool | None = None
 
@@ -85,11 +85,11 @@ class _Mapping:
         """What stands at the end."""
         return self._memory[-NONCE_BYTES:].numpy()
 
-    def block(self, index: int, size: int) -> Tensor:
-        """The first bytes of a block's place."""
+    def block(self, index: int, block_bytes: int, size: int) -> Tensor:
+        """The first bytes of a block's place, where blocks are of at most `block_bytes`."""
         if self._is_pinned is None:
             self._is_pinned = self._lane.pin(self._memory)
-        start = index % WINDOW * self._lane.block_bytes
+        start = index % WINDOW * block_bytes
         return self._memory[start : start + size]
 
     def close(self) -> None:
@@ -105,16 +105,17 @@ class _Sender(StagedSender):
         super().__init__(lane)
         self._nonce = secrets.token_bytes(NONCE_BYTES)
         self._fd = os.memfd_create("lightllm-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(self._fd, lane.num_bytes)
+        size = WINDOW * lane.block_bytes + NONCE_BYTES
+        os.ftruncate(self._fd, size)
         fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
-        self._mapping = _Mapping(lane, self._fd)
+        self._mapping = _Mapping(lane, self._fd, size)
         self._mapping.nonce[:] = np.frombuffer(self._nonce, dtype=np.uint8)
 
     def offer(self) -> bytes:
         return msgspec.msgpack.encode(Segment(pid=os.getpid(), fd=self._fd, nonce=self._nonce))
 
     def staging(self, index: int) -> Tensor:
-        return self._mapping.block(index, self.lane.block_bytes)
+        return self._mapping.block(index, self.cut.block_bytes, self.cut.block_bytes)
 
     def push(self, channel: Channel, index: int, size: int, limit_s: float) -> None:
         return  # it lies where the receiver looks
@@ -125,8 +126,8 @@ class _Sender(StagedSender):
 
 
 class _Receiver(StagedReceiver):
-    def __init__(self, lane: ShmLane, fields: bytes) -> None:
-        super().__init__(lane)
+    def __init__(self, lane: ShmLane, fields: bytes, cut: Cut) -> None:
+        super().__init__(lane, cut)
         try:
             segment = msgspec.msgpack.decode(fields, type=Segment)
             fd = os.open(f"/proc/{segment.pid}/fd/{segment.fd}", os.O_RDWR | os.O_CLOEXEC)
@@ -135,10 +136,10 @@ class _Receiver(StagedReceiver):
         try:
             if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
                 raise LaneUnavailable("the sender's memory could shrink")
-            size = os.fstat(fd).st_size
-            if size != lane.num_bytes:
-                raise LaneUnavailable(f"the sender's memory has {size} bytes, not {lane.num_bytes}")
-            self._mapping = _Mapping(lane, fd)
+            size, least = os.fstat(fd).st_size, WINDOW * cut.block_bytes + NONCE_BYTES
+            if size < least:
+                raise LaneUnavailable(f"the sender's memory has {size} bytes; at least {least} are needed")
+            self._mapping = _Mapping(lane, fd, size)
         except OSError as error:
             raise LaneUnavailable(f"the sender's memory cannot be read here: {error}") from error
         finally:
@@ -147,7 +148,7 @@ class _Receiver(StagedReceiver):
             raise LaneUnavailable("what lies there is not the sender's memory")
 
     def fetch(self, channel: Channel, block: Block, size: int, limit_s: float) -> Tensor:
-        return self._mapping.block(block.index, size)
+        return self._mapping.block(block.index, self.cut.block_bytes, size)
 
     def close(self) -> None:
         self._mapping.close()

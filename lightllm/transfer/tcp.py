@@ -4,7 +4,7 @@ from torch import Tensor
 
 from lightllm.transfer.channel import Channel
 from lightllm.transfer.frames import Block
-from lightllm.transfer.lane import Lane, ReceivingEnd, SendingEnd, StagedReceiver, StagedSender
+from lightllm.transfer.lane import Cut, Lane, ReceivingEnd, SendingEnd, StagedReceiver, StagedSender
 
 
 class TcpLane(Lane):
@@ -13,8 +13,8 @@ class TcpLane(Lane):
     def open_sender(self) -> SendingEnd:
         return _Sender(self)
 
-    def open_receiver(self, fields: bytes) -> ReceivingEnd:
-        return _Receiver(self)
+    def open_receiver(self, fields: bytes, cut: Cut) -> ReceivingEnd:
+        return _Receiver(self, cut)
 
 
 class _Sender(StagedSender):
@@ -37,9 +37,9 @@ class _Sender(StagedSender):
 
 
 class _Receiver(StagedReceiver):
-    def __init__(self, lane: Lane) -> None:
-        super().__init__(lane)
-        self._staging = lane.rows.host_memory(lane.block_bytes)
+    def __init__(self, lane: Lane, cut: Cut) -> None:
+        super().__init__(lane, cut)
+        self._staging = lane.rows.host_memory(cut.block_bytes)
 
     def fetch(self, channel: Channel, block: Block, size: int, limit_s: float) -> Tensor:
         data = self._staging[:size]

@@ -13,6 +13,7 @@ import msgspec
 from lightllm.cluster_link import cluster_token
 from lightllm.config import Config
 from lightllm.device.base import Device
+from lightllm.distributed.shares import kv_head_ranges
 from lightllm.errors import ConfigError
 from lightllm.messages import EngineInfo, KVLayout, ScheduledBatch, StepOutput
 from lightllm.model_config import ModelConfig
@@ -120,8 +121,9 @@ def open_kv_link(
     )
     chosen = config.pd.kv_transport
     names, reason = _lane_names(config)
+    heads = kv_head_ranges(model_config, config.parallel.tp)
     try:
-        lanes = open_lanes(names, _rows_of(exchanging))
+        lanes = open_lanes(names, _rows_of(exchanging, heads[rank].start))
     except LaneUnavailable as error:
         raise ConfigError(f"--kv_transport {chosen} cannot be used here: {error}") from error
     node = Node(
@@ -130,6 +132,7 @@ def open_kv_link(
         epoch=epoch,
         lanes=lanes,
         limits=Limits(),
+        head_ranges=partial(kv_head_ranges, model_config),
         rank=rank,
     )
     port = config.pd.kv_port + rank if config.pd.kv_port else 0
@@ -149,10 +152,10 @@ def _lane_names(config: Config) -> tuple[list[str], str]:
     return list(LANES), "--kv_transport auto"
 
 
-def _rows_of(exchanging: ExchangingRunner) -> KVRows:
+def _rows_of(exchanging: ExchangingRunner, first_head: int) -> KVRows:
     pool, device = exchanging.runner.kv_pool, exchanging.device
     if not device.is_async:
-        return HostRows(pool)
+        return HostRows(pool, first_head)
     from lightllm.transfer.device_rows import DeviceRows  # needs triton, which a CPU does not
 
-    return DeviceRows(pool, device)
+    return DeviceRows(pool, device, first_head)

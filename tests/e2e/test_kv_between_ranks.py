@@ -1,4 +1,4 @@
-"""Prefill and decode nodes of two ranks each: tokens as from one engine alone."""
+"""Prefill and decode nodes of several ranks, as many or not: tokens as from one engine alone."""
 
 import os
 import signal
@@ -15,16 +15,22 @@ from tests.e2e.test_kv_between_engines import GREEDY, SAMPLED, TEXT, Single, idl
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.xdist_group("kv_nodes")]
 
 
-def two_ranks(role):
+def ranks(role, size):
     config = node_config(role)
-    parallel = msgspec.structs.replace(config.parallel, tp=2)
+    parallel = msgspec.structs.replace(config.parallel, tp=size)
     return msgspec.structs.replace(config, parallel=parallel)
 
 
 @pytest.fixture
-def pair(tmp_path):
-    nodes = [EngineNode(two_ranks(role), tmp_path) for role in ("prefill", "decode")]
-    yield Pair(*nodes)
+def make_pair(tmp_path):
+    nodes = []
+
+    def make(prefill_size, decode_size):
+        nodes.append(EngineNode(ranks("prefill", prefill_size), tmp_path))
+        nodes.append(EngineNode(ranks("decode", decode_size), tmp_path))
+        return Pair(*nodes)
+
+    yield make
     for node in nodes:
         node.close()
 
@@ -37,7 +43,22 @@ def ranks_of(node):
     ]
 
 
-def test_each_rank_moves_its_own_part(pair):
+@pytest.mark.parametrize(("prefill_size", "decode_size"), [(1, 2), (2, 1), (2, 3)])
+def test_nodes_of_different_sizes(make_pair, prefill_size, decode_size):
+    pair = make_pair(prefill_size, decode_size)
+    assert pair.decode.info.kv_address.count("tcp://") == decode_size
+    single = Single(pair.prefill)
+    tokens = open_tokenizer(locate_model()).encode("".join(f"{i}. {TEXT}" for i in range(20)))
+    prompts = [tokens[n : 2 * n] for n in (1, 17, 129, 400)]
+    found = [pair.finish(name) for name in [pair.start(prompt, GREEDY) for prompt in prompts]]
+    assert found == [single(prompt, GREEDY) for prompt in prompts]
+    assert pair.run(tokens[700:800], SAMPLED) == single(tokens[700:800], SAMPLED)
+    idle(pair.prefill)
+    idle(pair.decode)
+
+
+def test_each_rank_moves_its_own_part(make_pair):
+    pair = make_pair(2, 2)
     assert pair.decode.info.kv_address.count("tcp://") == 2
     assert pair.prefill.info.kv_layout.tp_size == 2
     single = Single(pair.prefill)

@@ -58,8 +58,28 @@ def test_pull(device, num_tensors, num_rows, row, dtype) -> None:
     expected = target.clone()
     slots = slots_of(num_rows, num_rows - 2, device, 2), slots_of(num_rows + 3, num_rows - 2, device, 3)
     ref.copy_rows(source, slots[0], expected, slots[1])
-    kv_rows.pull_rows(source.data_ptr(), num_rows, slots[0], target, slots[1])
+    kv_rows.pull_rows(source.data_ptr(), num_rows, row, slots[0], target, slots[1])
     assert torch.equal(target, expected)
+
+
+@pytest.mark.parametrize(("first", "count"), [(0, 2), (1, 3), (4, 1)])
+def test_some_columns_of_longer_rows(device, first, count) -> None:
+    source, target = (rows_of(4, 20, 5, torch.int64, device, seed) for seed in (0, 1))
+    packed = torch.empty(4, 12, count, dtype=torch.int64, device=device)
+    slots, others = (slots_of(20, 12, device, seed) for seed in (2, 3))
+    kv_rows.copy_rows(source[:, :, first : first + count], slots, packed, None)
+    assert torch.equal(packed, source[:, slots, first : first + count])
+    expected = target.clone()
+    expected[:, others, first : first + count] = packed
+    kv_rows.copy_rows(packed, None, target[:, :, first : first + count], others)
+    assert torch.equal(target, expected)
+    # Straight from the columns of one memory to other columns of another.
+    shorter = rows_of(4, 20, 3, torch.int64, device, seed=4)
+    expected = shorter.clone()
+    expected[:, others, 0] = source[:, slots, first]
+    address = source.data_ptr() + first * source.element_size()
+    kv_rows.pull_rows(address, 20, 5, slots, shorter[:, :, :1], others)
+    assert torch.equal(shorter, expected)
 
 
 def test_no_rows(device) -> None:

@@ -164,6 +164,17 @@ def test_a_model_that_does_not_fit_is_refused_with_a_diff_on_both_sides() -> Non
     run(test)
 
 
+def test_nodes_of_one_model_may_have_different_numbers_of_ranks() -> None:
+    async def test(cluster: Cluster) -> None:
+        _, one = dial(cluster, "one rank")
+        _, four = dial(cluster, "four", layout=msgspec.structs.replace(LAYOUT, tp_size=4), role="prefill")
+        await cluster.wait_for("one rank", "four")
+        for dialling in (one, four):
+            dialling.stop("done")
+
+    run(test)
+
+
 def test_a_new_registration_of_a_node_replaces_the_old_one() -> None:
     async def test(cluster: Cluster) -> None:
         first_owner, first = dial(cluster, "twin")

@@ -9,13 +9,16 @@ import os
 import sys
 import threading
 import time
+from functools import partial
 
+import msgspec
 import numpy as np
 import torch
 
 from lightllm.device.base import Moment, PastMoment, make_device
 from lightllm.device.device import CpuDevice
 from lightllm.device.kv_pool import KVPool
+from lightllm.distributed.shares import kv_head_ranges, share_out
 from lightllm.messages import KVLayout, KVSource, KVTarget, KVTransferOrder
 from lightllm.model_config import ModelConfig
 from lightllm.transfer.base import Endings, Limits
@@ -75,13 +78,13 @@ class InterpretedDevice(CpuDevice):
         return self.LOCK
 
 
-def open_rows(pool, place):
+def open_rows(pool, place, first_head=0):
     """The rows of a pool on a host, or of one that kernels pack: interpreted, or on a GPU."""
     if place == "host":
-        return HostRows(pool)
+        return HostRows(pool, first_head)
     from lightllm.transfer.device_rows import DeviceRows
 
-    return DeviceRows(pool, make_device("cuda") if place == "gpu" else InterpretedDevice())
+    return DeviceRows(pool, make_device("cuda") if place == "gpu" else InterpretedDevice(), first_head)
 
 
 class End:
@@ -89,6 +92,7 @@ class End:
 
     Args:
         place: host, interpreted or gpu: where the pool is and what packs it.
+        rank, size: one of so many that share the model; its numbers are its heads of those that all have.
     """
 
     def __init__(
@@ -102,16 +106,26 @@ class End:
         limits=LIMITS,
         place="host",
         num_slots=NUM_SLOTS,
+        model=MODEL,
+        rank=0,
+        size=1,
     ):
-        self.pool = KVPool(MODEL, num_slots, torch.float32, "cuda" if place == "gpu" else "cpu")
+        heads = kv_head_ranges(model, size)[rank]
+        shared = share_out(model, {}, rank, size).config
+        self.pool = KVPool(shared, num_slots, torch.float32, "cuda" if place == "gpu" else "cpu")
         torch.manual_seed(seed)
-        self.pool.storage.normal_()
+        numbers = torch.randn(
+            2, model.num_hidden_layers, num_slots, model.num_key_value_heads, model.head_dim
+        )
+        self.pool.storage.copy_(numbers[:, :, :, heads.start : heads.stop])
         self.node = Node(
-            layout=layout,
+            layout=msgspec.structs.replace(layout, tp_size=size),
             token=token,
             epoch=epoch,
-            lanes=open_lanes(lanes, open_rows(self.pool, place), BLOCK_BYTES),
+            lanes=open_lanes(lanes, open_rows(self.pool, place, heads.start), BLOCK_BYTES),
             limits=limits,
+            head_ranges=partial(kv_head_ranges, model),
+            rank=rank,
         )
         self.link = KVLink(self.node, "127.0.0.1", 0)
         self.endings = Endings([], [], [], [])
@@ -122,7 +136,7 @@ class End:
 
     def offer(self, lane="p2p"):
         """What a sender of this lane says to receivers."""
-        return self.node.lanes.take_sender(lane).offer()
+        return self.node.lanes.take_sender(lane, self.node.rows).offer()
 
     def kv(self, slots):
         """[2, layers, n, heads, head_dim] of these slots."""

@@ -261,7 +261,10 @@ def test_a_cancelled_shipment_fails_at_once_at_both_ends(pair):
     source, target = pair
     request = Request()
     target.receive(request.expected())
+    before = target.kv(request.target_slots)
     source.send(request.orders(target.address(), 50)[0])
+    while np.array_equal(target.kv(request.target_slots)[:, :, 49], before[:, :, 49]):
+        time.sleep(0.01)
     time.sleep(0.1)
     source.cancel("r")
     assert source.wait(limit_s=0.1).failed[0].reason == "cancelled"
@@ -302,7 +305,7 @@ def half_sent(way, make_target):
 def test_a_killed_sender_is_noticed_at_once(half_sent):
     target, process, _ = half_sent
     process.send_signal(signal.SIGKILL)
-    assert "closed the connection" in target.wait(limit_s=0.5).failed[0].reason
+    assert "the connection" in target.wait(limit_s=0.5).failed[0].reason  # closed, broken or reset
     assert target.fault() == "peer_lost"
 
 

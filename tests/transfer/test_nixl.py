@@ -113,9 +113,9 @@ def test_it_is_not_started_before_a_pair_takes_it(rdma, make_end):
     ],
 )
 def test_offers_that_are_declined(make_end, fields, reason):
-    lane = NixlLane(make_end(("tcp",), SOURCE_EPOCH).node.lanes["tcp"].rows)
+    lane = NixlLane(make_end(("tcp",), SOURCE_EPOCH).node.rows)
     with pytest.raises(LaneUnavailable, match=reason):
-        lane.open_receiver(fields)
+        lane.open_receiver(fields, lane.cut(lane.rows))
     assert lane._agent is None
 
 
@@ -142,7 +142,7 @@ def test_a_sender_whose_library_does_not_start_says_so_in_its_next_offer(monkeyp
 
 @needs_nixl
 def test_the_only_lane_must_start_at_once(monkeypatch, make_end):
-    rows = make_end(("tcp",), SOURCE_EPOCH).node.lanes["tcp"].rows
+    rows = make_end(("tcp",), SOURCE_EPOCH).node.rows
     monkeypatch.setenv("UCX_TLS", "no_such_transport")
     with pytest.raises(LaneUnavailable, match="nixl: NIXL does not start"):
         open_lanes(("nixl",), rows)
@@ -208,6 +208,12 @@ class Peer:
         assert self.process.stdout is not None
         self.place = msgspec.msgpack.decode(bytes.fromhex(self.process.stdout.readline()), type=Place)
 
+    def freeze(self) -> None:
+        """Returns when it does nothing more."""
+        self.process.send_signal(signal.SIGSTOP)
+        while Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+            time.sleep(0.001)
+
 
 @pytest.fixture
 def by_tcp(monkeypatch):
@@ -247,7 +253,7 @@ def test_a_frozen_peer_is_given_up_and_its_bytes_find_nobody(agent, peer, ends):
     agent.read(peer.place, 0, memory, 1000, channel, 5)
     assert memory.data[:1000].eq(VALUE).all()
     memory.data.zero_()
-    peer.process.send_signal(signal.SIGSTOP)
+    peer.freeze()
     begun = time.monotonic()
     with pytest.raises(KVTransferError, match=r"nothing came for 0\.5 s"):
         agent.read(peer.place, 0, memory, SIZE, channel, 0.5)
@@ -271,7 +277,7 @@ def test_a_frozen_peer_is_given_up_and_its_bytes_find_nobody(agent, peer, ends):
 def test_a_killed_peer_is_noticed_at_once_and_its_memory_is_used_again(agent, peer, ends):
     memory, channel = agent.take(SIZE), ends[0]
     agent.read(peer.place, 0, memory, SIZE, channel, 5)
-    peer.process.send_signal(signal.SIGSTOP)
+    peer.freeze()
     threading.Timer(0.3, peer.process.kill).start()
     begun = time.monotonic()
     for _ in range(2):
@@ -286,7 +292,7 @@ def test_a_killed_peer_is_noticed_at_once_and_its_memory_is_used_again(agent, pe
 def test_a_read_ends_with_its_connection(agent, peer, ends):
     memory, (channel, other) = agent.take(SIZE), ends
     agent.read(peer.place, 0, memory, 1, channel, 5)
-    peer.process.send_signal(signal.SIGSTOP)
+    peer.freeze()
     threading.Timer(0.3, lambda: other.shutdown(socket.SHUT_RDWR)).start()
     begun = time.monotonic()
     with pytest.raises(KVTransferError, match="has closed the connection"):
@@ -324,7 +330,7 @@ def num_threads() -> int:
 def test_a_frozen_peer_survives_that_its_reader_closes(agent, peer, ends):
     memory, before = agent.take(SIZE), num_threads()
     agent.read(peer.place, 0, memory, SIZE, ends[0], 5)
-    peer.process.send_signal(signal.SIGSTOP)
+    peer.freeze()
     with pytest.raises(KVTransferError, match="nothing came"):
         agent.read(peer.place, 0, memory, SIZE, ends[0], 0.2)
     agent.close()

@@ -50,6 +50,12 @@ def target():
     end.close()
 
 
+def open_receiver(target, offer):
+    """The end that a transfer of all heads would have."""
+    lane = target.node.lanes["p2p"]
+    return lane.open_receiver(offer, lane.cut(lane.rows))
+
+
 def changed(offer, **fields):
     return msgspec.msgpack.encode({**msgspec.msgpack.decode(offer), **fields})
 
@@ -66,27 +72,30 @@ def changed(offer, **fields):
         ({"num_slots": 10**9}, "the sender's pool ends at byte"),
         ({"offset": 2**61}, "the sender's pool ends at byte"),
         ({"num_slots": -1}, "the sender's offer is none"),
+        ({"num_heads": 0}, "the sender's offer is none"),
+        ({"num_heads": 3}, "the sender's pool ends at byte"),
+        ({"first_head": 1}, r"has KV heads 1\.\.2, not 0\.\.1"),
         ({"more": 1}, "the sender's offer is none"),
     ],
 )
 def test_an_offer_that_is_not_true_is_not_taken(source, target, fields, reason):
-    lane, offer = target.node.lanes["p2p"], source.offer()
+    offer = source.offer()
     with pytest.raises(LaneUnavailable, match=reason):
-        lane.open_receiver(changed(offer, **fields))
-    lane.open_receiver(offer).close()
+        open_receiver(target, changed(offer, **fields))
+    open_receiver(target, offer).close()
 
 
 @pytest.mark.gpu
 def test_its_own_memory_is_not_opened(target):
     with pytest.raises(LaneUnavailable, match="this process's own"):
-        target.node.lanes["p2p"].open_receiver(target.offer())
+        open_receiver(target, target.offer())
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("data", [b"\x80\x04N.", b"", os.urandom(200)], ids=["pickle", "nothing", "random"])
 def test_an_offer_is_bytes_of_a_schema(target, data):
     with pytest.raises(LaneUnavailable, match="the sender's offer is none"):
-        target.node.lanes["p2p"].open_receiver(data)
+        open_receiver(target, data)
 
 
 @pytest.mark.gpu
@@ -94,7 +103,7 @@ def test_an_offer_is_bytes_of_a_schema(target, data):
     "slots", [[0, 200], [-1, 5], [1], [1, 2, 3]], ids=["behind", "before", "too few", "too many"]
 )
 def test_slots_that_are_not_the_peers_are_not_read(source, target, slots):
-    end = target.node.lanes["p2p"].open_receiver(source.offer())
+    end = open_receiver(target, source.offer())
     block = Block(index=0, start=0, count=2, fields=np.array(slots, dtype="<i4").tobytes())
     with pytest.raises(LinkBroken):
         end.pull(None, block, 0, 1.0)
@@ -132,12 +141,12 @@ def go_on(end, slots, limit_s=10):
 
 @pytest.mark.gpu
 def test_the_death_of_a_sender_that_is_read_harms_nobody_and_frees_its_memory(target):
-    lane, rows = target.node.lanes["p2p"], target.node.lanes["p2p"].rows
+    rows = target.node.rows
     free_bytes = torch.cuda.mem_get_info()[0]
     request, slots = Request(), np.arange(1, 151)
     with holder(MANY_SLOTS) as (process, offer):
         assert free_bytes - torch.cuda.mem_get_info()[0] > 10**9
-        end = lane.open_receiver(offer)
+        end = open_receiver(target, offer)
         fields = np.arange(MANY_SLOTS - 150, MANY_SLOTS, dtype="<i4").tobytes()
         end.pull(None, Block(index=0, start=0, count=150, fields=fields), 150 * rows.token_bytes, 1.0)
         for _ in range(20):
@@ -151,4 +160,4 @@ def test_the_death_of_a_sender_that_is_read_harms_nobody_and_frees_its_memory(ta
         time.sleep(0.05)
     target.change(request.target_slots)  # the GPU still works for this process
     with pytest.raises(LaneUnavailable, match="is not to be seen"):
-        lane.open_receiver(offer)
+        open_receiver(target, offer)
