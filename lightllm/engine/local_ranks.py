@@ -4,6 +4,7 @@ The owner is the engine, or on the other machines of a node the process that ser
 `python -m lightllm.worker` with its configuration on stdin; it lives as long as that pipe. Imports no torch.
 """
 
+import contextlib
 import os
 import signal
 import socket
@@ -74,7 +75,8 @@ class LocalRanks:
     def send(self, batch: bytes) -> None:
         """Hand an encoded batch to every rank; never waits."""
         for outbox in self._sockets:
-            outbox.send(batch, zmq.NOBLOCK)
+            with contextlib.suppress(zmq.Again):  # nobody is there any more, which `find_dead` tells
+                outbox.send(batch, zmq.NOBLOCK)
 
     def name(self, rank: int) -> str:
         """Which rank, where, for messages."""
