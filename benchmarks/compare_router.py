@@ -4,9 +4,9 @@
     [--out benchmarks/results/compare_router.json]
 
 FOLDER holds the peer's package (`pip install --no-deps --target FOLDER sglang-router==0.3.2`); without it the
-pd_master alone is measured. Three loads: more than either can forward; 51,200 tokens/s; and a moderate one
-for the time from a node's send to the client, which is also measured without a router, the clients at the
-workers themselves. The routers take turns within a round.
+pd_master alone is measured. Loads: more than either can forward; 51,200 tokens/s; and two moderate ones for
+the time from the moment at which a node has a step's tokens to their arrival at the clients, which is also
+measured without a router, the clients at the workers themselves. The routers take turns within a round.
 
 The work is not the same: nodes send token ids to a pd_master, which detokenises them and writes the OpenAI
 chunks; workers send those chunks, equally long, to the peer, which passes the bytes on.

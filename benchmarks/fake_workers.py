@@ -4,7 +4,8 @@
 
 One process, a port for each worker. GETs (health, model) get a small JSON answer; a POST to the prefill
 worker, too; one to a decode worker gets a stream of Server-Sent Events. Once `--streams` streams are there,
-each step writes a token to every one of them. The text of a token is the time at which it was written.
+each step writes a token to every one of them. The text of a token is the time at which its step began to be
+written: the moment at which `fake_nodes` would have sent its frame.
 
 Says on stdout: `ready PREFILL_PORT DECODE_PORT...`; `start SECONDS` like `fake_nodes`. Ends with its stdin.
 """
@@ -104,8 +105,8 @@ async def decode(streams: list[asyncio.Transport], next_s: float, step_s: float,
     for _ in range(1, tokens):  # as many steps as those of `fake_nodes`
         await asyncio.sleep(max(0.0, next_s - time.monotonic()))
         next_s += step_s
+        data = CHUNK % time.monotonic()
         for stream in streams:
-            data = CHUNK % time.monotonic()
             stream.write(b"%x\r\n%b\r\n" % (len(data), data))
     for stream in streams:
         stream.write(b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n")

@@ -311,4 +311,4 @@ def _last_members(call: Call, reason: str) -> bytes:
 
 def _rounded(logprob: float) -> float:
     """Six decimals, and a finite number for minus infinity, which JSON does not have."""
-    return round(max(logprob, MIN_LOGPROB), 6)
+    return round(logprob, 6) if logprob > MIN_LOGPROB else MIN_LOGPROB

@@ -22,7 +22,7 @@ MIN_LOGPROB = -9999.0
 
 def finite(logprob: float) -> float:
     """Six decimals; minus infinity, which JSON does not have, as -9999.0."""
-    return round(max(logprob, MIN_LOGPROB), 6)
+    return round(logprob, 6) if logprob > MIN_LOGPROB else MIN_LOGPROB
 
 
 class CompletionTokens:
@@ -126,6 +126,9 @@ class ChunkWriter:
         self._include_usage = include_usage
         self._end = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
         self._plain_end = b',"logprobs":null,"finish_reason":null}' + self._end
+        # All that stands before the text of a choice without logprobs, by its index; filled on first use.
+        self._text_starts: dict[int, bytes] = {}
+        self._text_end = self._after + self._plain_end
         self.has_failed = False
 
     def member(self, index: int, member: bytes) -> None:
@@ -134,10 +137,13 @@ class ChunkWriter:
 
     def text(self, index: int, text: str, logprobs: msgspec.Struct | None = None) -> None:
         """A chunk with text."""
-        body = self._before + msgspec.json.encode(text) + self._after
         if logprobs is None:
-            self._write(b'%b{"index":%d,%b%b' % (self._start, index, body, self._plain_end))
+            start = self._text_starts.get(index)
+            if start is None:
+                start = self._text_starts[index] = b'%b{"index":%d,%b' % (self._start, index, self._before)
+            self._write(start + msgspec.json.encode(text) + self._text_end)
             return
+        body = self._before + msgspec.json.encode(text) + self._after
         encoded = msgspec.json.encode(logprobs)
         tail = b',"logprobs":%b,"finish_reason":null}%b' % (encoded, self._end)
         self._write(b'%b{"index":%d,%b%b' % (self._start, index, body, tail))
