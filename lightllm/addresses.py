@@ -10,8 +10,8 @@ import re
 import socket
 
 _NUMERIC = re.compile(r"[0-9.]+")
-# Underscores are no legal host names, but container networks are full of them.
 _HOST_PORT = re.compile(r"(?:\[([^\s\[\]]*:[^\s\[\]]*)\]|([^\s\[\]:]+)):([0-9]{1,5})")
+# Underscores are no legal host names, but container networks are full of them.
 _LABEL = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)")
 
 

@@ -19,12 +19,12 @@ from lightllm.api.fields import (
     refuse,
     wrong_type,
 )
+from lightllm.api.openai_output import MIN_LOGPROB, finite
 from lightllm.frontend.generation import Emit, Generation, SampleStream
 from lightllm.messages import TokenLogprobs
 from lightllm.sampling_params import SamplingParams
 
 PREFIX = "parameters."
-MIN_LOGPROB = -9999.0
 INTERNAL_FIELDS = ("group_request_id", "suggested_dp_index", "move_kv_to_decode_node")
 CONSTRAINTS = ("regular_constraint", "guided_grammar", "guided_json")
 DEFAULTS: Mapping[str, Any] = MappingProxyType({})
@@ -254,8 +254,8 @@ class _Collector:
         self.tokens[index].append(
             {
                 "id": token_id,
-                "logprob": _rounded(logprob),
-                "cumlogprob": _rounded(self._logprob_sums[index] / sample.num_tokens),
+                "logprob": finite(logprob),
+                "cumlogprob": finite(self._logprob_sums[index] / sample.num_tokens),
                 "special": token_id in self._special_ids,
                 "count_output_tokens": sample.num_tokens,
                 "prompt_cache_len": sample.num_cached_tokens,
@@ -294,7 +294,7 @@ class _FrameWriter:
             % (
                 b"null" if token_id is None else b"%d" % token_id,
                 _encode(text),
-                b"null" if logprobs is None else _encode(_rounded(logprobs.logprob)),
+                b"null" if logprobs is None else _encode(finite(logprobs.logprob)),
                 b"true" if token_id in self._special_ids else b"false",
                 sample.num_tokens,
                 len(sample.prompt_token_ids),
@@ -307,8 +307,3 @@ def _last_members(call: Call, reason: str) -> bytes:
     members = b'"finished":true,"finish_reason":"%b","details":null' % reason.encode()
     error = call.generation.error if call.generation is not None else None
     return members if error is None else members + b"," + envelope_members(error)
-
-
-def _rounded(logprob: float) -> float:
-    """Six decimals, and a finite number for minus infinity, which JSON does not have."""
-    return round(logprob, 6) if logprob > MIN_LOGPROB else MIN_LOGPROB

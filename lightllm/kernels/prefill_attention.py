@@ -35,7 +35,8 @@ class Blocks(NamedTuple):
         return (block_m + 2 * self.block_n * self.num_stages) * head_dim * itemsize
 
 
-# For 16 bits, the fastest on an H100 first (benchmarks/kernels_cuda.py). What does not fit is passed over.
+# For 16 bits; what does not fit is passed over. Large tiles: the first is the fastest on an H100
+# (benchmarks/kernels_cuda.py); the order of the others, and of those of small tiles, is not measured.
 LARGE_TILE_BLOCKS = (
     Blocks(128, 8, 2),
     Blocks(64, 8, 2),

@@ -89,6 +89,7 @@ class Intake:
         self.receipt = receipt
         self.rows = receipt.node.rows.part(heads)
         self._chunks: list[tuple[int, int]] = []
+        self._num_there = 0
 
     def run(self, channel: Channel, end: ReceivingEnd, cut: Cut) -> None:
         """Take blocks until the sender has completed; ends the hold, or its part of it.
@@ -115,8 +116,7 @@ class Intake:
 
     def _take(self, channel: Channel, end: ReceivingEnd, cut: Cut, block: Block) -> None:
         receipt = self.receipt
-        num_there = sum(count for _, count in self._chunks)
-        first, stop = num_there, num_there + block.count
+        first, stop = self._num_there, self._num_there + block.count
         is_next = block.index == len(self._chunks) and block.start == receipt.start + first
         if not is_next or not 1 <= block.count <= cut.tokens_per_block or stop > len(receipt.slots):
             raise LinkBroken(
@@ -130,6 +130,7 @@ class Intake:
         with receipt.hold.touching():
             end.unpack(receipt.slots[first:stop])
         self._chunks.append((block.start, block.count))
+        self._num_there = stop
         receipt.hold.moved(size)
         channel.send(Ack(), receipt.node.limits.silence_s)
 
@@ -143,9 +144,8 @@ class Intake:
             "digest": digest(receipt.node.layout, self.rows.heads, receipt.token_ids, self._chunks),
         }
         wrong = [name for name, value in ours.items() if getattr(complete, name) != value]
-        num_there = sum(count for _, count in self._chunks)
-        if num_there != len(receipt.slots):
-            wrong.append(f"{num_there} of {len(receipt.slots)} tokens came")
+        if self._num_there != len(receipt.slots):
+            wrong.append(f"{self._num_there} of {len(receipt.slots)} tokens came")
         if not receipt.is_first_token(complete.first_token_id):
             wrong.append("another rank has another first token")
         if wrong:
