@@ -87,41 +87,57 @@ class TorchCollectives(Collectives):
     """
 
     def __init__(self, group: Any, rank: int, size: int, device: torch.device) -> None:
-        self._group, self._rank, self._size, self._device = group, rank, size, device
-        self._minimum = dist.AllreduceOptions()
+        self.group, self.rank, self.size, self.device = group, rank, size, device
+        self._sum, self._gather, self._broadcast, self._minimum = (
+            _on_callers_stream(options)
+            for options in (
+                dist.AllreduceOptions(),
+                dist.GatherOptions(),
+                dist.BroadcastOptions(),
+                dist.AllreduceOptions(),
+            )
+        )
         self._minimum.reduceOp = dist.ReduceOp.MIN
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        _wait(self._group.allreduce, [x])
+        _wait(self.group.allreduce, [x], self._sum)
         return x
 
     def gather_columns(self, x: Tensor, widths: tuple[int, ...]) -> Tensor:
         width = max(widths)
         x = functional.pad(x, (0, width - x.shape[1])) if x.shape[1] < width else x.contiguous()
-        if self._rank != LEADER:
-            _wait(self._group.gather, [], [x])
+        if self.rank != LEADER:
+            _wait(self.group.gather, [], [x], self._gather)
             return x[:, :0]
-        parts = [torch.empty_like(x) for _ in range(self._size)]
-        _wait(self._group.gather, [parts], [x])
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        _wait(self.group.gather, [parts], [x], self._gather)
         return torch.cat([part[:, :own] for part, own in zip(parts, widths, strict=True)], dim=1)
 
     def broadcast(self, x: Tensor) -> None:
-        _wait(self._group.broadcast, [x])
+        _wait(self.group.broadcast, [x], self._broadcast)
 
     def smallest(self, value: int) -> int:
-        x = torch.tensor([value], device=self._device)
-        _wait(self._group.allreduce, [x], self._minimum)
+        x = torch.tensor([value], device=self.device)
+        _wait(self.group.allreduce, [x], self._minimum)
         return int(x.item())
+
+
+def _on_callers_stream(options: Any) -> Any:
+    """Without the events between two streams that NCCL on one of its own would need at each call."""
+    options.asyncOp = False
+    return options
 
 
 def _wait(call: Callable[..., Any], *arguments: Any) -> None:
     try:
-        call(*arguments).wait()
+        work = call(*arguments)
+        if work is not None:  # queued on the caller's stream, NCCL has nothing to be waited for
+            work.wait()
     except RuntimeError as error:
         raise WorkerDied(f"another rank is gone: {error}") from error
 
 
-def connect(store: Store, rank: int, size: int, host: str, device: torch.device) -> Collectives:
+def connect(store: Store, rank: int, size: int, host: str, device: torch.device) -> TorchCollectives:
     """Join the other ranks; blocks until all are there.
 
     Args:

@@ -12,6 +12,7 @@ import shutil
 import socket
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, TextIO
@@ -143,6 +144,12 @@ def _tell(text: str, stream: TextIO) -> None:
         logger.warning("cannot be printed (%s): %s", error, text)
 
 
+# NVLink multicast takes resources of the switches that GPUs of other processes share; so do its faults.
+NO_MULTICAST: Mapping[str, str] = MappingProxyType(
+    {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
+)
+
+
 def child_environment(config: Config) -> dict[str, str]:
     """The parent's environment, plus what libraries read before they are imported, less our secrets.
 
@@ -151,7 +158,7 @@ def child_environment(config: Config) -> dict[str, str]:
     secrets = {f"LIGHTLLM_{name.upper()}" for name, spec in FLAGS.items() if spec.flag.is_secret}
     environment = {name: value for name, value in os.environ.items() if name not in secrets}
     environment["OMP_NUM_THREADS"] = str(config.environment.omp_num_threads)
-    return environment
+    return {**NO_MULTICAST, **environment}
 
 
 class ProgressDisplay:

@@ -37,6 +37,7 @@ from lightllm.server.model_files import describe_model, open_weights, tokenizer_
 
 if TYPE_CHECKING:
     from lightllm.device.base import Device
+    from lightllm.distributed.collectives import Collectives
     from lightllm.distributed.parallel_state import Parallel
     from lightllm.worker.model_runner import LaunchedStep
     from lightllm.worker.worker import Worker
@@ -143,6 +144,7 @@ def _join(config: Config, place: WorkerConfig, device: "Device") -> "Parallel":
     from lightllm.distributed.collectives import connect, file_store, tcp_store
     from lightllm.distributed.parallel_state import Parallel
     from lightllm.distributed.shared_memory import over_shared_memory
+    from lightllm.distributed.symmetric_memory import over_symmetric_memory
 
     size = config.parallel.tp
     if config.parallel.nnodes == 1:
@@ -152,11 +154,14 @@ def _join(config: Config, place: WorkerConfig, device: "Device") -> "Parallel":
         # Bound to that address only; torch would listen on all.
         fd = listen_on(host, int(port), "--nccl_port").detach() if place.rank == 0 else None
         store = tcp_store(host, int(port), size, fd)
-    collectives = connect(store, place.rank, size, place.host, device.torch_device)
-    if device.name == "cpu" and config.parallel.nnodes == 1:
+    torch_group = connect(store, place.rank, size, place.host, device.torch_device)
+    collectives: Collectives = torch_group
+    if config.parallel.nnodes == 1 and device.name == "cpu":
         # The folder of the meeting has a random name of its own.
         name = "-".join(Path(place.meeting).parts[-2:])
-        collectives = over_shared_memory(collectives, name, place.rank, size)
+        collectives = over_shared_memory(torch_group, name, place.rank, size)
+    elif config.parallel.nnodes == 1:
+        collectives = over_symmetric_memory(torch_group, store)
     return Parallel(place.rank, size, place.local_rank, place.local_size, collectives)
 
 

@@ -74,6 +74,7 @@ class Worker:
         backend, ops = _choose(config, model_config, dtype, device, parallel)
         free = _own_share(device, parallel)
         max_len = min(config.engine.max_req_total_len, model_config.max_context_len)
+        reading = time.perf_counter()
         model = load_model(
             model_config,
             quantized(source, config.model.quant_type, model_config),
@@ -86,6 +87,13 @@ class Worker:
             max_len=max_len,
             packed=_keeps_packed(config, ops),
             parallel=parallel,
+        )
+        seconds = time.perf_counter() - reading
+        logger.info(
+            "read %.2f GB of weights in %.2f s: %.1f GB/s",
+            model.num_bytes / 1e9,
+            seconds,
+            model.num_bytes / 1e9 / seconds,
         )
         # Two pools of threads would fight for the cores: beside one of its own kernels torch has one thread.
         num_threads = config.environment.omp_num_threads if ops.uses_torch_threads else 1

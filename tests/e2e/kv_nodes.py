@@ -56,7 +56,7 @@ def node_config(name, transport="auto", *, model_dir="smollm2-135m", kv_tokens=6
 
 
 class EngineNode:
-    """One engine process. Messages that it sends are collected by a thread.
+    """One engine process, with more environment. Messages that it sends are collected by a thread.
 
     Attributes:
         outputs: by request id.
@@ -64,14 +64,14 @@ class EngineNode:
         num_steps: of its engine so far.
     """
 
-    def __init__(self, config, directory):
+    def __init__(self, config, directory, **environment):
         name = secrets.token_hex(4)
         address, reply = (f"ipc://{directory}/{name}-{way}" for way in ("in", "out"))
         self._context = zmq.Context(io_threads=1)
         self._inbox = self._context.socket(zmq.PULL)
         self._inbox.bind(reply)
         self._outbox = self._context.socket(zmq.PUSH)
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
         command = [sys.executable, "-m", "lightllm.server.engine_main"]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment

@@ -186,8 +186,9 @@ def test_running_requests_share_the_engine_evenly(server: Server) -> None:
         events = dict(map(tuple, shown["nodes"][0]["events"]))
         times.append((events["first_token"], events["released"]))
     begins, ends = zip(*times, strict=True)
-    # When the first one ends, each of the others has 80 % of its tokens: they come one a step to all.
-    assert max(ends) - min(ends) < 0.2 * (max(ends) - min(begins)), times
+    # When the first one ends, each of the others has most of its tokens: they come one a step to all. One
+    # after the other it would be 7/8 of the time between first and last; a busy machine delays some a bit.
+    assert max(ends) - min(ends) < 0.4 * (max(ends) - min(begins)), times
 
 
 def test_a_deadline_in_mid_stream_is_an_error_frame(server: Server) -> None:

@@ -1,4 +1,4 @@
-"""Prefill and decode engines on one GPU, as processes: tokens and scores are those of one engine alone."""
+"""Prefill and decode engines on one GPU or two, as processes: tokens and scores are those of one alone."""
 
 import json
 import time
@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 import pytest
+import torch
 
 from lightllm.messages import AbortRequest, EngineRequest
 from lightllm.sampling_params import SamplingParams
@@ -69,7 +70,8 @@ def make_node(directory):
         config, replace = node_config(name, transport, model_dir=str(folder)), msgspec.structs.replace
         engine = replace(config.engine, device=DEVICE, batch_max_tokens=64, chunked_prefill_size=64)
         config = replace(config, engine=engine, model=replace(config.model, load_format="dummy"))
-        nodes.append(EngineNode(config, directory))
+        gpu = str(min(int(name.startswith("decode")), torch.cuda.device_count() - 1))
+        nodes.append(EngineNode(config, directory, CUDA_VISIBLE_DEVICES=gpu))
         return nodes[-1]
 
     yield make
