@@ -41,12 +41,13 @@ class SymmetricMemoryCollectives(Collectives):
 
     Args:
         box: [BOX_BYTES] uint8, this rank's part of the memory.
+        group: the ranks under the name GROUP; torch knows it only for as long as it is held.
         others: the same ranks over NCCL.
         limits: the same on all ranks.
     """
 
-    def __init__(self, box: Tensor, others: Collectives, limits: Limits) -> None:
-        self._box, self._others, self._limits = box, others, limits
+    def __init__(self, box: Tensor, group: Any, others: Collectives, limits: Limits) -> None:
+        self._box, self._group, self._others, self._limits = box, group, others, limits
 
     def all_reduce(self, x: Tensor) -> Tensor:
         num_bytes = x.nbytes
@@ -92,7 +93,8 @@ def over_symmetric_memory(others: TorchCollectives, store: Store) -> Collectives
     if not others.smallest(not why_not):
         logger.info("sums of all sizes go through NCCL: %s", why_not or "another rank cannot share memory")
         return others
-    box = _map_box(others, store)
+    group = _name_group(others, store)
+    box = _map_box(others.device)
     limits = _measure(box, others, device)
     logger.info(
         "sums go through symmetric memory up to %d KiB in one shot and up to %d KiB in two, else through "
@@ -100,7 +102,7 @@ def over_symmetric_memory(others: TorchCollectives, store: Store) -> Collectives
         limits.one_shot // 1024,
         limits.two_shot // 1024,
     )
-    return SymmetricMemoryCollectives(box, others, limits)
+    return SymmetricMemoryCollectives(box, group, others, limits)
 
 
 def _why_not(size: int, device: torch.device) -> str:
@@ -111,8 +113,8 @@ def _why_not(size: int, device: torch.device) -> str:
     return ""
 
 
-def _map_box(others: TorchCollectives, store: Store) -> Tensor:
-    # The public face of this wants torch's default group.
+def _name_group(others: TorchCollectives, store: Store) -> Any:
+    """The ranks as a group that symmetric memory finds by its name; nobody needs torch's default group."""
     from torch._C import _distributed_c10d
 
     torch_c: Any = _distributed_c10d
@@ -122,8 +124,15 @@ def _map_box(others: TorchCollectives, store: Store) -> Tensor:
     group._set_default_backend(nccl)
     group._set_group_name(GROUP)
     torch_c._register_process_group(GROUP, group)
+    return group
+
+
+def _map_box(device: torch.device) -> Tensor:
+    from torch._C import _distributed_c10d
+
+    torch_c: Any = _distributed_c10d
     memory = torch_c._SymmetricMemory
-    box: Tensor = memory.empty_strided_p2p((BOX_BYTES,), (1,), torch.uint8, others.device, GROUP)
+    box: Tensor = memory.empty_strided_p2p((BOX_BYTES,), (1,), torch.uint8, device, GROUP)
     memory.rendezvous(box, GROUP)
     return box
 

@@ -4,6 +4,8 @@ import json
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -97,9 +99,16 @@ def check(ours, theirs, epsilon):
     return num_ties
 
 
+def start_both(start, **environment):
+    """A node of one rank and one of two; the environment is for the latter."""
+    with ThreadPoolExecutor() as starters:
+        nodes = starters.submit(start, 1), starters.submit(start, 2, **environment)
+        return [node.result() for node in nodes]
+
+
 @pytest.mark.parametrize("heads", [EVEN, UNEVEN])
 def test_two_gpus_say_what_one_says(start, heads):
-    one, two = start(1, heads), start(2, heads)
+    one, two = start_both(partial(start, heads=heads))
     for params in (GREEDY, SAMPLED, PENALISED):
         assert check(answers(two, params), answers(one, params), EPSILON["float32"]) <= len(LENGTHS)
     prompt_scores = [
@@ -117,14 +126,14 @@ def test_two_gpus_say_what_one_says(start, heads):
 
 
 def test_two_gpus_in_bfloat16(start):
-    one, two = start(1, dtype="bfloat16"), start(2, dtype="bfloat16")
+    one, two = start_both(partial(start, dtype="bfloat16"))
     check(answers(two, GREEDY), answers(one, GREEDY), EPSILON["bfloat16"])
 
 
 def test_sums_through_sockets_as_between_two_machines(start):
     """NCCL without NVLink, PCIe and shared memory."""
     sockets = {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1", "NCCL_NET": "Socket"}
-    one, two = start(1), start(2, **sockets)
+    one, two = start_both(start, **sockets)
     check(answers(two, GREEDY), answers(one, GREEDY), EPSILON["float32"])
 
 
