@@ -78,7 +78,7 @@ class Sizes:
     outputs: tuple[int, ...] = (100, 300)
     ttft_limit_s: float = 2.0
     itl_limit_ms: float = 25.0
-    goodput_limit_s: float = 85.0
+    goodput_limit_s: float = 80.0
 
 
 CPU_SIZES = Sizes(
@@ -363,7 +363,8 @@ async def measure_goodput(bench: Bench, entry: Entry) -> None:
         records = await open_loop(bench.clients, jobs, limit_s)
         step = summarise_step(rate, records, sizes.ttft_limit_s, itl_s)
         steps.append(step)
-        bench.say(f"  {rate:g} requests/s: {step['share']:.0%} of {step['requests']} in time")
+        errors = f", errors: {step['errors']}" if step["errors"] else ""
+        bench.say(f"  {rate:g} requests/s: {step['share']:.0%} of {step['requests']} in time{errors}")
         entry["goodput"] = goodput(steps, LEAST_SHARE)
         entry["goodput_gap_p99"] = goodput(steps, LEAST_SHARE, "share_gap_p99")
         if float(str(step["share"])) < GIVE_UP_SHARE:

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 READY = re.compile(r"^ready: (http://\S+) .*$", re.MULTILINE)
 MOVED = re.compile(r"KV of \S+: (sent|received) (\d+) bytes by (\w+) in ([\d.]+) s \((\d+) MB/s\)")
 STOP_LIMIT_S = 20.0
+GROUP_LIMIT_S = 5.0
 CALL_LIMIT_S = 120.0
 
 
@@ -109,11 +110,19 @@ def stop_all(servers: list[Server]) -> None:
             server.process.wait(max(0.1, until_s - time.monotonic()))
         except subprocess.TimeoutExpired:
             server.process.kill()
-        try:
-            os.killpg(server.process.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            pass  # nothing is left of it
         server.process.wait()
+        _end_group(server.process.pid)
+
+
+def _end_group(group: int) -> None:
+    """Kill what is left of a group of processes, and wait a while until nothing is: GPUs are free then."""
+    until_s = time.monotonic() + GROUP_LIMIT_S
+    try:
+        while time.monotonic() < until_s:
+            os.killpg(group, signal.SIGKILL)
+            time.sleep(0.05)
+    except (ProcessLookupError, PermissionError):
+        pass  # nothing is left of it
 
 
 class Transfers:

@@ -1,5 +1,6 @@
 """The table at the end of benchmarks/pd_cluster.py: missing figures are dashes, failed parts their errors."""
 
+from collections.abc import Iterator
 from typing import Any
 
 Row = tuple[str, str, str, str, str]
@@ -27,12 +28,24 @@ def table(data: dict[str, Any]) -> list[str]:
 
 
 def _errors(results: dict[str, Any]) -> list[str]:
-    return [
-        f"{cluster} {name}: ERROR {entry['error'].splitlines()[0][:200]}"
-        for cluster, parts in results.items()
-        for name, entry in parts.items()
-        if "error" in entry
-    ]
+    """Failed parts, and requests that failed in others."""
+    lines = []
+    for cluster, parts in results.items():
+        for name, entry in parts.items():
+            if "error" in entry:
+                lines.append(f"{cluster} {name}: ERROR {entry['error'].splitlines()[0][:200]}")
+            lines += [f"{cluster} {name} {where}" for where in _failed_requests(entry, "")]
+    return lines
+
+
+def _failed_requests(entry: Any, where: str) -> Iterator[str]:
+    """What stands under `errors` at any depth."""
+    items = entry.items() if isinstance(entry, dict) else enumerate(entry) if isinstance(entry, list) else ()
+    for key, value in items:
+        if key in ("errors", "long_errors") and value:
+            yield f"{where}{len(value)} kinds or requests failed: {str(value)[:200]}"
+        else:
+            yield from _failed_requests(value, f"{where}{key} ")
 
 
 def _texts(compare: dict[str, Any]) -> list[Row]:
