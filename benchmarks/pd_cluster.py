@@ -103,9 +103,11 @@ def parse() -> tuple[argparse.Namespace, Sizes]:
     parser.add_argument("--shape", choices=tuple(SHAPES), help="default: qwen2-7b, on a CPU tiny")
     parser.add_argument("--tp", type=int, default=1, help="GPUs of each node: 0..N-1 and N..2N-1")
     parser.add_argument(
-        "--prefill_flags", default=PREFILL_FLAGS, help="--prefill_flags='--a 1 --b', likewise:"
+        "--prefill_flags",
+        default=PREFILL_FLAGS,
+        help="the quickstart's; without --disable_cudagraph short prompts have graphs, as on a single node",
     )
-    parser.add_argument("--decode_flags", default="")
+    parser.add_argument("--decode_flags", default="", help="--decode_flags='--a 1 --b'")
     parser.add_argument("--single_flags", default="", help="of the two single nodes")
     parser.add_argument("--clusters", default=",".join(CLUSTERS))
     parser.add_argument("--parts", default=",".join(PARTS))

@@ -360,6 +360,8 @@ async def measure_goodput(bench: Bench, entry: Entry) -> None:
             entry["left_out"] = f"rates from {rate:g}: no time left"
             break
         jobs = poisson_jobs(rate, sizes.step_s, sizes.prompts[:2], sizes.outputs[:2], bench.vocab_size, SEED)
+        if not jobs:
+            continue  # so low a rate that nothing came
         records = await open_loop(bench.clients, jobs, limit_s)
         step = summarise_step(rate, records, sizes.ttft_limit_s, itl_s)
         steps.append(step)

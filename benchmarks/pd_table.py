@@ -17,7 +17,7 @@ def table(data: dict[str, Any]) -> list[str]:
         *_texts(unsplit.get("compare", {})),
         *_ttft(pd.get("ttft", {}), unsplit.get("ttft", {})),
         *_link(results.get("gpus", {}).get("link", {})),
-        *_transfers(pd),
+        *_transfers(pd, results.get("gpus", {}).get("link", {}).get("peer_copy_gb_per_s")),
         *_itl(pd.get("itl", {}), unsplit.get("itl", {})),
         *_goodput(pd.get("goodput", {}), unsplit.get("goodput", {})),
     ]
@@ -88,7 +88,7 @@ def _link(link: dict[str, Any]) -> list[Row]:
     return rows
 
 
-def _transfers(pd: dict[str, Any]) -> list[Row]:
+def _transfers(pd: dict[str, Any], peer: float | None) -> list[Row]:
     ttft, transfer = pd.get("ttft", {}), pd.get("transfer", {})
     found = {f"KV of {key}, computed meanwhile": one.get("transfers", {}) for key, one in ttft.items()
              if isinstance(one, dict)}  # fmt: skip
@@ -96,7 +96,8 @@ def _transfers(pd: dict[str, Any]) -> list[Row]:
     rows = []
     for what, one in found.items():
         lanes = ", ".join(f"{lane} {mb:g} MB" for lane, mb in one.get("lanes", {}).items())
-        figure = f"{_gb(one.get('gb_per_s_p50'))}, {_ms(one.get('ms_p50'))}"
+        rate = one.get("gb_per_s_p50")
+        figure = f"{_gb(rate)}, {_ms(one.get('ms_p50'))}" + (f", {rate / peer:.1%}" if rate and peer else "")
         rows.append((what, figure, "", "", f"{one.get('transfers', 0)} by {lanes or '-'}"))
     return rows
 
