@@ -9,10 +9,9 @@ from prometheus_client.metrics_core import Metric
 from lightllm.api.cluster_metrics import ClusterMetrics
 from lightllm.api.metrics import exposition
 from lightllm.api.transfer_metrics import TransferMetrics
-from lightllm.frontend.node_agent import NodeAgent
 from lightllm.messages import KV_FAULTS, KVTransfer
 from tests.fakes import FakeEngineClient
-from tests.pd.harness import TOKEN, Cluster, run, until
+from tests.pd.harness import Cluster, run, until
 
 ENDED = [
     KVTransfer(request_id="a", direction="sent", transport="shm", num_bytes=1000, duration_s=0.02),
@@ -56,21 +55,11 @@ def test_transfers_are_counted_by_way_end_and_reason() -> None:
 
 def test_a_master_shows_those_of_every_node() -> None:
     async def test(cluster: Cluster) -> None:
-        agents = []
         for role in ("prefill", "decode"):
             transfers = TransferMetrics("m")
-            agent = NodeAgent(
-                FakeEngineClient(),  # type: ignore[arg-type]
-                TOKEN.encode(),
-                node_id=f"{role}-1",
-                epoch=1,
-                role=role,
-                address="x:1",
-            )
+            agent = cluster.join(role, f"{role}-1", FakeEngineClient())
             agent.kv_totals = transfers.totals
             transfers.note([one for one in ENDED if (one.direction == "sent") == (role == "prefill")])
-            agent.follow({("127.0.0.1", cluster.port)})
-            agents.append(agent)
         await cluster.wait_for("prefill-1", "decode-1")
         await until(lambda: all(node.kv_totals for node in cluster.router.directory.all()))
         sender, receiver = 'node="prefill-1",role="prefill"', 'node="decode-1",role="decode"'
@@ -79,8 +68,6 @@ def test_a_master_shows_those_of_every_node() -> None:
             f'kv_transfers_total {sender},direction="sent",transport="shm",outcome="ok"}} 2',
             f'kv_transfer_failures_total {receiver},direction="received",reason="bad_ticket"}} 1',
         }
-        for agent in agents:
-            agent.leave("the test ends")
 
     run(test)
 

@@ -22,26 +22,9 @@ from safetensors.torch import save_file
 
 from lightllm.model_config import ModelConfig
 from lightllm.models import tensor_shapes
-from tests.e2e.conftest import Server, free_port
+from tests.e2e.conftest import TINY_CONFIG, Server, free_port
 
-MODEL = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 512,
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "hidden_act": "silu",
-    "tie_word_embeddings": False,
-    "torch_dtype": "float32",
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+MODEL = {**TINY_CONFIG, "vocab_size": 512, "max_position_embeddings": 2048, "tie_word_embeddings": False}
 # Large enough that the next token depends on all before it, and is seldom a near-tie.
 WEIGHTS_STD = 0.3
 LEAST_GAP = 1e-3

@@ -10,6 +10,7 @@ import torch
 
 from lightllm.messages import AbortRequest, EngineRequest
 from lightllm.sampling_params import SamplingParams
+from tests.e2e.conftest import TINY_CONFIG
 from tests.e2e.kv_nodes import EngineNode, Pair, node_config
 from tests.e2e.test_kv_between_engines import idle
 
@@ -23,22 +24,14 @@ pytestmark = [
 DEVICE = "cuda"
 LANES = ("p2p", "shm", "tcp")
 CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
+    **TINY_CONFIG,
     "hidden_size": 512,
     "intermediate_size": 1024,
     "num_hidden_layers": 8,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
     "vocab_size": 4096,
-    "max_position_embeddings": 4096,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "hidden_act": "silu",
     "tie_word_embeddings": False,
-    "torch_dtype": "float32",
-    "bos_token_id": 1,
-    "eos_token_id": 2,
 }
 # Nothing here reads text: the tokenizer's file is only compared.
 TOKENIZER = {"version": "1.0", "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}

@@ -43,10 +43,8 @@ def ranks_of(node):
     ]
 
 
-@pytest.mark.parametrize(("prefill_size", "decode_size"), [(1, 2), (2, 1), (2, 3)])
-def test_nodes_of_different_sizes(make_pair, prefill_size, decode_size):
-    pair = make_pair(prefill_size, decode_size)
-    assert pair.decode.info.kv_address.count("tcp://") == decode_size
+def check_tokens(pair):
+    """Prompts of several lengths, answered as by one engine alone; the second one and its answer."""
     single = Single(pair.prefill)
     tokens = open_tokenizer(locate_model()).encode("".join(f"{i}. {TEXT}" for i in range(20)))
     prompts = [tokens[n : 2 * n] for n in (1, 17, 129, 400)]
@@ -55,22 +53,23 @@ def test_nodes_of_different_sizes(make_pair, prefill_size, decode_size):
     assert pair.run(tokens[700:800], SAMPLED) == single(tokens[700:800], SAMPLED)
     idle(pair.prefill)
     idle(pair.decode)
+    return prompts[1], found[1]
+
+
+@pytest.mark.parametrize(("prefill_size", "decode_size"), [(1, 2), (2, 1), (2, 3)])
+def test_nodes_of_different_sizes(make_pair, prefill_size, decode_size):
+    pair = make_pair(prefill_size, decode_size)
+    assert pair.decode.info.kv_address.count("tcp://") == decode_size
+    check_tokens(pair)
 
 
 def test_each_rank_moves_its_own_part(make_pair):
     pair = make_pair(2, 2)
     assert pair.decode.info.kv_address.count("tcp://") == 2
     assert pair.prefill.info.kv_layout.tp_size == 2
-    single = Single(pair.prefill)
-    tokens = open_tokenizer(locate_model()).encode("".join(f"{i}. {TEXT}" for i in range(20)))
-    prompts = [tokens[n : 2 * n] for n in (1, 17, 129, 400)]
-    found = [pair.finish(name) for name in [pair.start(prompt, GREEDY) for prompt in prompts]]
-    assert found == [single(prompt, GREEDY) for prompt in prompts]
-    assert pair.run(tokens[700:800], SAMPLED) == single(tokens[700:800], SAMPLED)
-    idle(pair.prefill)
-    idle(pair.decode)
+    prompt, answer = check_tokens(pair)
     # A node that loses a rank is gone as a whole; the other one computes the prompt itself or fails it.
     os.kill(ranks_of(pair.prefill)[1], signal.SIGKILL)
     assert pair.prefill.process.wait(timeout=10) == 1
     alone = SamplingParams(max_new_tokens=4, ignore_eos=True)
-    assert Single(pair.decode)(prompts[1], alone) == found[1][:4]
+    assert Single(pair.decode)(prompt, alone) == answer[:4]

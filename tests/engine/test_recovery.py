@@ -6,11 +6,8 @@ import torch
 from lightllm.attention.registry import load_backend
 from lightllm.device.kv_pool import KVPool
 from lightllm.engine.recovery import MAX_FAILURES, StepFailed
-from lightllm.layers.ops import Ops
 from lightllm.messages import AbortRequest, EngineRequest, RequestOutput, ScheduledBatch
-from lightllm.models import load_model, tensor_shapes
 from lightllm.sampling_params import SamplingParams
-from lightllm.weights.dummy import DummySource
 from lightllm.worker.inputs import RowTables
 from lightllm.worker.model_runner import LaunchedStep, ModelRunner, Runner
 from tests.engine.harness import LocalEngine
@@ -82,22 +79,9 @@ def tokens(outputs: list[RequestOutput]) -> list[int]:
     return [token for output in outputs for token in output.new_token_ids]
 
 
-@pytest.fixture(scope="module")
-def model():
-    return load_model(
-        CONFIG,
-        DummySource(tensor_shapes(CONFIG), CONFIG.dtype, seed=3),
-        dtype=torch.float32,
-        backend=load_backend("torch_ref"),
-        ops=Ops(),
-        num_threads=1,
-        progress=lambda done, total: None,
-    )
-
-
 @pytest.fixture(params=[True, False], ids=["overlap", "no_overlap"])
-def engine(request, model):
-    engine = FragileEngine(model, enable_overlap=request.param, max_running=6)
+def engine(request, reference_model):
+    engine = FragileEngine(reference_model, enable_overlap=request.param, max_running=6)
     yield engine
     engine.close()
 

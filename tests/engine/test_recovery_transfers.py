@@ -14,7 +14,6 @@ from lightllm.attention.registry import load_backend
 from lightllm.config import Config
 from lightllm.device.device import CpuDevice
 from lightllm.device.kv_pool import KVPool
-from lightllm.layers.ops import Ops
 from lightllm.messages import (
     AbortRequest,
     EngineInfo,
@@ -26,9 +25,7 @@ from lightllm.messages import (
     RequestOutput,
     ScheduledBatch,
 )
-from lightllm.models import load_model, tensor_shapes
 from lightllm.sampling_params import SamplingParams
-from lightllm.weights.dummy import DummySource
 from lightllm.worker.inputs import RowTables
 from lightllm.worker.kv_exchange import ExchangingRunner, open_kv_link
 from lightllm.worker.model_runner import LaunchedStep, ModelRunner, Runner
@@ -235,22 +232,9 @@ class Pair:
 
 
 @pytest.fixture(scope="module")
-def model():
-    return load_model(
-        CONFIG,
-        DummySource(tensor_shapes(CONFIG), CONFIG.dtype, seed=3),
-        dtype=torch.float32,
-        backend=load_backend("torch_ref"),
-        ops=Ops(),
-        num_threads=1,
-        progress=lambda done, total: None,
-    )
-
-
-@pytest.fixture(scope="module")
-def expected(model):
+def expected(reference_model):
     """What one engine alone says to each prompt."""
-    node = NodeEngine(model, "decode")
+    node = NodeEngine(reference_model, "decode")
     found = []
     for i, prompt in enumerate(PROMPTS):
         node.link.push(EngineRequest(request_id=f"e{i}", prompt_token_ids=prompt, sampling_params=PARAMS))
@@ -262,11 +246,11 @@ def expected(model):
 
 
 @pytest.fixture
-def make_pair(model):
+def make_pair(reference_model):
     nodes = []
 
     def make(**fields) -> Pair:
-        nodes.extend(NodeEngine(model, role, **fields) for role in ("prefill", "decode"))
+        nodes.extend(NodeEngine(reference_model, role, **fields) for role in ("prefill", "decode"))
         return Pair(*nodes)
 
     yield make

@@ -25,6 +25,12 @@ CONFIG = SchedulerConfig(
 )
 PROMPT = [1, 2, 3] * 5
 PARAMS = SamplingParams(max_new_tokens=4, ignore_eos=True)
+RECEIVING = EngineRequest(
+    request_id="r",
+    prompt_token_ids=PROMPT,
+    sampling_params=PARAMS,
+    recv_kv_from=KVSource(node_id="P", epoch=1, ticket="t"),
+)
 
 
 class FakeExecutor(Executor):
@@ -62,15 +68,18 @@ class RecordingLink:
         self.sent.append(message)
 
 
+def make_engine(**fields):
+    """An engine, and what it computes and says by."""
+    executor, link = FakeExecutor(), RecordingLink()
+    return Engine(Scheduler(CONFIG, seed=1), executor, link, **fields), executor, link
+
+
 def test_an_engine_that_only_receives_waits_and_asks_and_then_decodes():
-    executor, link, now = FakeExecutor(), RecordingLink(), [1000.0]
-    engine = Engine(Scheduler(CONFIG, seed=1), executor, link, clock=lambda: now[0])
+    now = [1000.0]
+    engine, executor, link = make_engine(clock=lambda: now[0])
     engine.step()
     assert link.waits == [IDLE_WAIT_S]
-    source = KVSource(node_id="P", epoch=1, ticket="t")
-    link.inbox.append(
-        EngineRequest(request_id="r", prompt_token_ids=PROMPT, sampling_params=PARAMS, recv_kv_from=source)
-    )
+    link.inbox.append(RECEIVING)
     engine.step()
     assert link.sent == [KVReserved(request_id="r", num_cached_tokens=0)]
     for _ in range(50):
@@ -104,12 +113,8 @@ def test_an_engine_that_only_receives_waits_and_asks_and_then_decodes():
 
 
 def test_a_transfer_that_ends_behind_its_request_is_told_of():
-    executor, link = FakeExecutor(), RecordingLink()
-    engine = Engine(Scheduler(CONFIG, seed=1), executor, link)
-    source = KVSource(node_id="P", epoch=1, ticket="t")
-    link.inbox.append(
-        EngineRequest(request_id="r", prompt_token_ids=PROMPT, sampling_params=PARAMS, recv_kv_from=source)
-    )
+    engine, executor, link = make_engine()
+    link.inbox.append(RECEIVING)
     engine.step()
     link.inbox.append(AbortRequest(request_id="r"))
     executor.worker.transport.pace = 1.0
@@ -121,8 +126,7 @@ def test_a_transfer_that_ends_behind_its_request_is_told_of():
 
 
 def test_questions_are_answered_between_steps():
-    executor, link = FakeExecutor(), RecordingLink()
-    engine = Engine(Scheduler(CONFIG, seed=1), executor, link)
+    engine, _, link = make_engine()
     link.inbox += [
         EngineRequest(request_id="r", prompt_token_ids=PROMPT, sampling_params=PARAMS),
         Inspect(nonce=5, request_ids=["r", "s"]),
@@ -133,12 +137,8 @@ def test_questions_are_answered_between_steps():
 
 
 def test_a_message_ends_the_wait_of_a_receiving_engine():
-    executor, link = FakeExecutor(), RecordingLink()
-    engine = Engine(Scheduler(CONFIG, seed=1), executor, link)
-    source = KVSource(node_id="P", epoch=1, ticket="t")
-    link.inbox.append(
-        EngineRequest(request_id="r", prompt_token_ids=PROMPT, sampling_params=PARAMS, recv_kv_from=source)
-    )
+    engine, executor, link = make_engine()
+    link.inbox.append(RECEIVING)
     engine.step()
     link.inbox.append(EngineRequest(request_id="s", prompt_token_ids=[4, 4], sampling_params=PARAMS))
     engine.step()

@@ -20,9 +20,11 @@ import uvicorn
 from lightllm.api.app import create_app
 from lightllm.api.nodes import web_sockets
 from lightllm.api.protocol import uvicorn_config
+from lightllm.frontend.node_agent import NodeAgent
 from lightllm.frontend.node_server import NodeServer
 from lightllm.frontend.pd_router import PDRouter
 from tests.api.harness import make_context
+from tests.fakes import FakeEngineClient
 from tests.pd.fake_node import NodeOptions, token_of
 
 ROOT = Path(__file__).parents[2]
@@ -42,6 +44,7 @@ class Cluster:
         self.router = router
         self.port = port
         self.nodes: dict[str, subprocess.Popen[str]] = {}
+        self.agents: list[NodeAgent] = []
         self.client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30)
 
     def start(self, role: str, name: str, ports: list[int] | None = None, **options: Any) -> None:
@@ -55,6 +58,20 @@ class Cluster:
             stdout=subprocess.DEVNULL,
             text=True,
         )
+
+    def join(self, role: str, name: str, engine: FakeEngineClient) -> NodeAgent:
+        """Have a node in this event loop, which is heard of some turns later; it leaves at the end."""
+        agent = NodeAgent(
+            engine,  # type: ignore[arg-type]
+            TOKEN.encode(),
+            node_id=name,
+            epoch=1,
+            role=role,
+            address="x:1",
+        )
+        agent.follow({("127.0.0.1", self.port)})
+        self.agents.append(agent)
+        return agent
 
     def signal(self, name: str, number: signal.Signals) -> None:
         os.kill(self.nodes[name].pid, number)
@@ -135,6 +152,8 @@ async def cluster(**server: Any) -> AsyncIterator[Cluster]:
     try:
         yield found
     finally:
+        for agent in found.agents:
+            agent.leave("the test ends")
         for process in found.nodes.values():
             process.kill()
             process.wait()

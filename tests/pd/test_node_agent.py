@@ -6,12 +6,11 @@ import msgspec
 import pytest
 
 from lightllm.frontend import node_agent
-from lightllm.frontend.node_agent import NodeAgent
 from lightllm.frontend.node_directory import Node
 from lightllm.messages import RequestOutput, TokenLogprobs
 from tests.fakes import FakeEngineClient
 from tests.pd.fake_node import LAYOUT
-from tests.pd.harness import TOKEN, Cluster, expected, run, until
+from tests.pd.harness import Cluster, expected, run, until
 
 # About 1 KiB as msgpack.
 ENTRY = TokenLogprobs(logprob=-1.0, top_ids=[300] * 80, top_logprobs=[-1.0] * 80)
@@ -37,10 +36,7 @@ def test_outputs_take_as_many_frames_as_they_need() -> None:
             frames.append(outputs)
 
         cluster.router.on_outputs = on_outputs  # type: ignore[method-assign]
-        agent = NodeAgent(
-            FakeEngineClient(), TOKEN.encode(), node_id="d", epoch=1, role="decode", address="x:1"
-        )
-        agent.follow({("127.0.0.1", cluster.port)})
+        agent = cluster.join("decode", "d", FakeEngineClient())
         await until(lambda: agent.is_registered)
         (link,) = agent._masters.values()
         for request in (output("a", 7000), output("b", 7000), output("c", 7000), output("d", 20_000)):
@@ -53,7 +49,6 @@ def test_outputs_take_as_many_frames_as_they_need() -> None:
         assert found["d"].error is not None
         assert "too large for the link" in found["d"].error.message
         assert agent.is_registered
-        agent.leave("the test ends")
 
     run(test)
 
@@ -66,15 +61,7 @@ def test_a_node_whose_engine_hangs_is_lost_until_it_answers(monkeypatch: pytest.
         await cluster.wait_for("other")
         engine = fitting_engine()
         engine.resumed.clear()
-        agent = NodeAgent(
-            engine,  # type: ignore[arg-type]
-            TOKEN.encode(),
-            node_id="hangs",
-            epoch=1,
-            role="decode",
-            address="x:1",
-        )
-        agent.follow({("127.0.0.1", cluster.port)})
+        agent = cluster.join("decode", "hangs", engine)
         await cluster.wait_for("other", "hangs")
         waiting = [asyncio.create_task(cluster.generate(f"prompt {i}", 9)) for i in range(6)]
         await until(lambda: bool(engine.requests))
@@ -89,7 +76,6 @@ def test_a_node_whose_engine_hangs_is_lost_until_it_answers(monkeypatch: pytest.
         assert "engine: no answer for 6 s" in state
         engine.fault = None
         await cluster.wait_for("other", "hangs")
-        agent.leave("the test ends")
 
     run(test)
 
@@ -98,21 +84,12 @@ def test_a_single_prefill_node_that_takes_nothing_is_done_without() -> None:
     async def test(cluster: Cluster) -> None:
         cluster.start("decode", "d1")
         engine = fitting_engine()
-        agent = NodeAgent(
-            engine,  # type: ignore[arg-type]
-            TOKEN.encode(),
-            node_id="p1",
-            epoch=1,
-            role="prefill",
-            address="x:1",
-        )
-        agent.follow({("127.0.0.1", cluster.port)})
+        cluster.join("prefill", "p1", engine)
         await cluster.wait_for("d1", "p1")
         for node in cluster.router.directory.all():  # nothing is known against the pair
             cluster.router.probes.node_lost(node)
         engine.info = None  # its engine dies; the master has not heard of it yet
         reply = await cluster.generate("alone", 9)
         assert reply.json()["generated_text"] == [expected("alone", 9)]
-        agent.leave("the test ends")
 
     run(test)

@@ -228,8 +228,9 @@ def test_no_reservation_in_time_is_429(monkeypatch: pytest.MonkeyPatch) -> None:
 
     async def test(cluster: Cluster) -> None:
         await pair(cluster, num_slots=300, step_s=0.015)
+        await cluster.ready()
         hog = asyncio.create_task(cluster.generate("hog", 280))
-        await asyncio.sleep(0.3)
+        await until(lambda: any(leg.has_output for leg in cluster.router._legs.values()))
         reply = await cluster.generate("patient", 100)
         assert (reply.status_code, reply.json()["error"]["code"]) == (429, "queue_full")
         assert 1 <= int(reply.headers["retry-after"]) <= 60
@@ -240,19 +241,20 @@ def test_no_reservation_in_time_is_429(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_draining_node_finishes_what_it_has_and_gets_nothing_new() -> None:
     async def test(cluster: Cluster) -> None:
-        await pair(cluster, step_s=0.02)
-        cluster.start("decode", "d2", step_s=0.02)
+        await pair(cluster, step_s=0.02, drain_s=30.0)
+        cluster.start("decode", "d2", step_s=0.02, drain_s=30.0)
         await cluster.wait_for("p1", "d1", "d2")
-        task = asyncio.create_task(cluster.stream("draining", 60))
-        await asyncio.sleep(0.3)
+        await until(lambda: [pair["is_ready"] for pair in cluster.router.probes.as_json()] == [True] * 2)
+        counts = [0]
+        task = asyncio.create_task(cluster.stream("draining", 60, counts.append))
+        await until(lambda: counts[-1] >= 3)  # the decode node's own
         holder = next(n.node_id for n in cluster.router.directory.of_role("decode") if n.legs)
         cluster.signal(holder, signal.SIGTERM)
-        await asyncio.sleep(0.1)
-        assert holder not in [n.node_id for n in cluster.router.directory.of_role("decode")]
+        await until(lambda: holder not in [n.node_id for n in cluster.router.directory.of_role("decode")])
         assert (await cluster.generate("new", 5)).json()["generated_text"] == [expected("new", 5)]
         assert (await task)[0] == expected("draining", 60)
         assert not cluster.router.failovers
-        await asyncio.to_thread(cluster.nodes[holder].wait, 5)
+        await asyncio.to_thread(cluster.nodes[holder].wait, 30)
         assert cluster.nodes[holder].returncode == 0
 
     run(test)

@@ -32,6 +32,8 @@ TICKET = "ticket-0123456789"
 SOURCE_EPOCH, TARGET_EPOCH = 71, 72
 NUM_SLOTS = 200
 BLOCK_BYTES = 4096
+# Each launch takes Triton's interpreter many milliseconds; 100 tokens still are more blocks than WINDOW.
+BLOCK_BYTES_INTERPRETED = 4 * BLOCK_BYTES
 LIMITS = Limits(handshake_s=2.0, silence_s=1.0, alive_s=0.2, ticket_s=0.5)
 MODEL = ModelConfig.from_hf(
     {
@@ -92,6 +94,7 @@ class End:
 
     Args:
         place: host, interpreted or gpu: where the pool is and what packs it.
+        block_bytes: of both ends of a transfer; None: as is usual for the place.
         rank, size: one of so many that share the model; its numbers are its heads of those that all have.
     """
 
@@ -105,6 +108,7 @@ class End:
         layout=LAYOUT,
         limits=LIMITS,
         place="host",
+        block_bytes=None,
         num_slots=NUM_SLOTS,
         model=MODEL,
         rank=0,
@@ -113,6 +117,7 @@ class End:
         heads = kv_head_ranges(model, size)[rank]
         shared = share_out(model, {}, rank, size).config
         self.pool = KVPool(shared, num_slots, torch.float32, "cuda" if place == "gpu" else "cpu")
+        block_bytes = block_bytes or (BLOCK_BYTES_INTERPRETED if place == "interpreted" else BLOCK_BYTES)
         torch.manual_seed(seed)
         numbers = torch.randn(
             2, model.num_hidden_layers, num_slots, model.num_key_value_heads, model.head_dim
@@ -122,7 +127,7 @@ class End:
             layout=msgspec.structs.replace(layout, tp_size=size),
             token=token,
             epoch=epoch,
-            lanes=open_lanes(lanes, open_rows(self.pool, place, heads.start), BLOCK_BYTES),
+            lanes=open_lanes(lanes, open_rows(self.pool, place, heads.start), block_bytes),
             limits=limits,
             head_ranges=partial(kv_head_ranges, model),
             rank=rank,

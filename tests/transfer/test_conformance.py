@@ -19,7 +19,7 @@ import torch
 from lightllm.device.base import PastMoment
 from lightllm.transfer import LANES
 from lightllm.transfer.base import NullTransport
-from tests.transfer.nodes import LAYOUT, SOURCE_EPOCH, TARGET_EPOCH, TOKEN, End, Request
+from tests.transfer.nodes import BLOCK_BYTES, LAYOUT, SOURCE_EPOCH, TARGET_EPOCH, TOKEN, End, Request
 from tests.transfer.remote import Nodes
 
 NEED_GPU = ("p2p",)
@@ -205,7 +205,7 @@ def test_a_cancelled_transfer_ends_while_the_device_is_busy(pair, name):
     source.send(order, 42, gate if busy is source else None)
     time.sleep(0.1)
     busy.cancel("r")
-    assert busy.wait(limit_s=0.1).failed[0].reason == "cancelled"
+    assert busy.wait(limit_s=0.5).failed[0].reason == "cancelled"
     before = target.kv(list(range(200)))
     busy.open(gate)
     source.wait()
@@ -228,8 +228,8 @@ def test_pools_of_different_sizes(make_source, make_target):
 @pytest.mark.parametrize("places", [("host", "interpreted"), ("interpreted", "host")])
 @INTERPRETED
 def test_blocks_look_the_same_wherever_they_are_packed(make_end, places):
-    source = make_end(("tcp",), SOURCE_EPOCH, place=places[0])
-    target = make_end(("tcp",), TARGET_EPOCH, place=places[1])
+    source = make_end(("tcp",), SOURCE_EPOCH, place=places[0], block_bytes=BLOCK_BYTES)
+    target = make_end(("tcp",), TARGET_EPOCH, place=places[1], block_bytes=BLOCK_BYTES)
     request = Request()
     target.receive(request.expected())
     ship(source, request, target)
@@ -267,7 +267,7 @@ def test_a_cancelled_shipment_fails_at_once_at_both_ends(pair):
         time.sleep(0.01)
     time.sleep(0.1)
     source.cancel("r")
-    assert source.wait(limit_s=0.1).failed[0].reason == "cancelled"
+    assert source.wait(limit_s=0.5).failed[0].reason == "cancelled"
     assert "closed the connection" in target.reason()
     assert (source.fault(), target.fault()) == ("cancelled", "peer_lost")
     num_bytes = source.kv(range(50)).nbytes
