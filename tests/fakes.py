@@ -1,4 +1,4 @@
-"""Stand-ins for the parts that a test is not about: a byte tokenizer, an engine with one answer."""
+"""Stand-ins for the parts that a test is not about: a byte tokenizer, shapes, an engine with one answer."""
 
 import asyncio
 from collections.abc import Sequence
@@ -17,8 +17,21 @@ from lightllm.messages import (
     RequestOutput,
     TokenLogprobs,
 )
+from lightllm.model_config import ModelConfig
 
 EOS = 256
+SMOLLM2 = ModelConfig(
+    architecture="LlamaForCausalLM",
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    head_dim=64,
+    vocab_size=49152,
+    max_position_embeddings=8192,
+    rms_norm_eps=1e-5,
+)
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"

@@ -8,26 +8,14 @@ from lightllm.config import FLAGS
 from lightllm.env import Environment
 from lightllm.errors import ConfigError
 from lightllm.flag import BUILT_STAGES
-from lightllm.model_config import ModelConfig
 from lightllm.resolution import Machine, resolve
+from tests.fakes import SMOLLM2
 
 CPU = Machine(num_cores=8, num_physical_cores=4, num_gpus=0)
 GPU = Machine(num_cores=8, num_physical_cores=4, num_gpus=2)
-MODEL = ModelConfig(
-    architecture="LlamaForCausalLM",
-    hidden_size=576,
-    intermediate_size=1536,
-    num_hidden_layers=30,
-    num_attention_heads=9,
-    num_key_value_heads=3,
-    head_dim=64,
-    vocab_size=49152,
-    max_position_embeddings=8192,
-    rms_norm_eps=1e-5,
-)
 
 
-def run(line="", *, machine=CPU, model=MODEL, environment=None, environ=None):
+def run(line="", *, machine=CPU, model=SMOLLM2, environment=None, environ=None):
     args = parse(line.split(), environ or {})
     return resolve(args, environment or Environment(), machine, model)
 
@@ -68,7 +56,7 @@ def test_length_is_cut_to_the_model_and_to_the_pool():
     explicit = run("--max_req_total_len 10000")
     assert explicit.config.engine.max_req_total_len == 8192
     assert explicit.warnings == ["--max_req_total_len 10000: cut to 8192, the model's context"]
-    scaled = msgspec.structs.replace(MODEL, rope_scaling={"rope_type": "dynamic", "factor": 1.5})
+    scaled = msgspec.structs.replace(SMOLLM2, rope_scaling={"rope_type": "dynamic", "factor": 1.5})
     assert run("--max_req_total_len 10000", model=scaled).config.engine.max_req_total_len == 10000
     assert run("--max_req_total_len 20000", model=scaled).config.engine.max_req_total_len == 12288
     pool = run("--max_req_total_len 8000 --max_total_token_num 600")

@@ -13,20 +13,7 @@ from lightllm.attention.self_check import Case, compare
 from lightllm.attention.torch_ref import TorchRefAttention
 from lightllm.device.forward_batch import ForwardBatch
 from lightllm.device.kv_pool import KVPool
-from lightllm.model_config import ModelConfig
-
-CONFIG = ModelConfig(
-    architecture="LlamaForCausalLM",
-    hidden_size=64,
-    intermediate_size=8,
-    num_hidden_layers=1,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    vocab_size=8,
-    max_position_embeddings=1024,
-    rms_norm_eps=1e-5,
-)
+from tests.attention.test_oracle import CONFIG
 
 
 def plan(

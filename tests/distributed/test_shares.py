@@ -5,20 +5,7 @@ import pytest
 
 from lightllm.distributed.shares import INNER, KV, VOCAB, Q, share_out
 from lightllm.errors import ConfigError
-from lightllm.model_config import ModelConfig
-
-SMOLLM2 = ModelConfig(
-    architecture="LlamaForCausalLM",
-    hidden_size=576,
-    intermediate_size=1536,
-    num_hidden_layers=30,
-    num_attention_heads=9,
-    num_key_value_heads=3,
-    head_dim=64,
-    vocab_size=49152,
-    max_position_embeddings=8192,
-    rms_norm_eps=1e-5,
-)
+from tests.fakes import SMOLLM2
 
 
 def shares(size, blocks=None, **changes):

@@ -8,19 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tests.e2e.conftest import Server, stream_events
+from tests.engine.test_smollm2 import PROMPTS
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("e2e")]
-
-PROMPTS = [
-    "The capital of France is",
-    "Water boils at a temperature of",
-    "The first president of the United States was",
-    "Photosynthesis is the process by which",
-    "A prime number is a number that",
-    "The largest planet in our solar system is",
-    "In computer science, a hash table is",
-    "The theory of evolution was proposed by",
-]
 
 
 def test_the_quickstart_curl(smollm2: Server) -> None:

@@ -35,19 +35,26 @@ BLOCK_BYTES = 4096
 # Each launch takes Triton's interpreter many milliseconds; 100 tokens still are more blocks than WINDOW.
 BLOCK_BYTES_INTERPRETED = 4 * BLOCK_BYTES
 LIMITS = Limits(handshake_s=2.0, silence_s=1.0, alive_s=0.2, ticket_s=0.5)
-MODEL = ModelConfig.from_hf(
-    {
-        "architectures": ["LlamaForCausalLM"],
-        "hidden_size": 64,
-        "intermediate_size": 64,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 99,
-        "max_position_embeddings": 512,
-        "rms_norm_eps": 1e-5,
-    }
-)
+
+
+def model_of(num_heads, num_kv_heads):
+    """Heads of 16 in three layers."""
+    return ModelConfig.from_hf(
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "hidden_size": 16 * num_heads,
+            "intermediate_size": 64,
+            "num_hidden_layers": 3,
+            "num_attention_heads": num_heads,
+            "num_key_value_heads": num_kv_heads,
+            "vocab_size": 99,
+            "max_position_embeddings": 512,
+            "rms_norm_eps": 1e-5,
+        }
+    )
+
+
+MODEL = model_of(4, 2)
 LAYOUT = KVLayout(
     model_hash="m",
     tokenizer_hash="t",

@@ -12,29 +12,12 @@ import pytest
 from lightllm.distributed.shares import kv_head_ranges
 from lightllm.errors import ConfigError
 from lightllm.messages import KVSource
-from lightllm.model_config import ModelConfig
 from lightllm.transfer.plan import parts
-from tests.transfer.nodes import LAYOUT, LIMITS, SOURCE_EPOCH, TARGET_EPOCH, End, Request
+from tests.transfer.nodes import LAYOUT, LIMITS, SOURCE_EPOCH, TARGET_EPOCH, End, Request, model_of
 from tests.transfer.remote import Nodes
 
 HAS_NIXL = importlib.util.find_spec("nixl") is not None
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-
-
-def model_of(num_heads, num_kv_heads):
-    return ModelConfig.from_hf(
-        {
-            "architectures": ["LlamaForCausalLM"],
-            "hidden_size": 16 * num_heads,
-            "intermediate_size": 64,
-            "num_hidden_layers": 3,
-            "num_attention_heads": num_heads,
-            "num_key_value_heads": num_kv_heads,
-            "vocab_size": 99,
-            "max_position_embeddings": 512,
-            "rms_norm_eps": 1e-5,
-        }
-    )
 
 
 MANY, FEW = model_of(12, 6), model_of(8, 2)  # with FEW heads several ranks hold the same one
