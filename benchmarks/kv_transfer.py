@@ -199,8 +199,9 @@ def measure(
                 peer.stdin.write(f"{ticket} {count} {is_scattered}\n")
                 peer.stdin.flush()
                 assert peer.stdout.readline() == "expected\n"
+                sent = order(ticket, count, is_scattered, address)
                 started_s = time.monotonic()
-                link.send(order(ticket, count, is_scattered, address), PastMoment())
+                link.send(sent, PastMoment())
                 link.complete(ticket, 0)
                 while not any(endings := link.poll()):
                     time.sleep(0.0002)
