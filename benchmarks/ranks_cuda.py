@@ -111,9 +111,10 @@ def run_load(url: str, flags: tuple[str, ...]) -> dict[str, Any]:
         if not path.exists():
             raise RuntimeError(f"the load ended with code {run.returncode}: {run.stderr[-400:]}")
         found = json.loads(path.read_text())
+    if found["failures"]:
+        raise RuntimeError(f"requests failed: {found['failures']}; {run.stderr[-400:]}")
     return {
         "requests": found["request_num"],
-        "failed": found["all_request_num"] - found["request_num"],
         "output_tokens_per_s": round(found["Output Throughput"], 1),
         "ttft_p50_s": round(found["first_token_time_dict"]["P50"], 4),
         "token_p50_ms": round(found["decode_token_time_dict"]["P50"], 3),

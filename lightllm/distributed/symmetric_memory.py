@@ -152,17 +152,17 @@ def _measure(box: Tensor, others: Collectives, device: torch.device) -> Limits:
             "sum of %d KiB: one shot %.1f us, two shots %.1f us, NCCL %.1f us", num_bytes // 1024, *times
         )
         fastest.append(times.index(min(times)))
-    wins = [sum(1 for _ in _leading(fastest, ways)) for ways in ((0,), (0, 1))]
-    one_shot_bytes, two_shot_bytes = (
-        others.smallest(SIZES[num_sizes - 1] if num_sizes else 0) for num_sizes in wins
-    )
-    return Limits(one_shot_bytes, two_shot_bytes)
+    wins = [fastest_from_below(fastest, ways) for ways in ((0,), (0, 1))]
+    return Limits(*(others.smallest(SIZES[won - 1] if won else 0) for won in wins))
 
 
-def _leading(fastest: list[int], ways: tuple[int, ...]) -> list[int]:
-    """The sizes, from the smallest on, at which one of these ways is the fastest."""
-    end = next((i for i, way in enumerate(fastest) if way not in ways), len(fastest))
-    return fastest[:end]
+def fastest_from_below(fastest: list[int], ways: tuple[int, ...]) -> int:
+    """For how many sizes, from the smallest on, one of these ways is the fastest.
+
+    Args:
+        fastest: the fastest way of each size.
+    """
+    return next((i for i, way in enumerate(fastest) if way not in ways), len(fastest))
 
 
 def _time_us(way: Callable[[Tensor], Any], x: Tensor) -> float:

@@ -88,13 +88,7 @@ class Worker:
             packed=_keeps_packed(config, ops),
             parallel=parallel,
         )
-        seconds = time.perf_counter() - reading
-        logger.info(
-            "read %.2f GB of weights in %.2f s: %.1f GB/s",
-            model.num_bytes / 1e9,
-            seconds,
-            model.num_bytes / 1e9 / seconds,
-        )
+        _say_speed(model.num_bytes, time.perf_counter() - reading)
         # Two pools of threads would fight for the cores: beside one of its own kernels torch has one thread.
         num_threads = config.environment.omp_num_threads if ops.uses_torch_threads else 1
         logger.info("torch computes on %s", device.prepare_to_compute(num_threads))
@@ -157,6 +151,11 @@ def _keeps_packed(config: Config, ops: Ops) -> bool:
             config.model.quant_type,
         )
     return config.model.quant_type != "none" or (ops.computes_packed and config.model.dtype == "auto")
+
+
+def _say_speed(num_bytes: int, seconds: float) -> None:
+    speed = num_bytes / 1e9 / seconds
+    logger.info("read %.2f GB of weights in %.2f s: %.1f GB/s", num_bytes / 1e9, seconds, speed)
 
 
 def _own_share(device: Device, parallel: Parallel) -> int:
