@@ -2,7 +2,8 @@
 
     python benchmarks/kernels_cuda.py [--only prefill,suffix] [--out benchmarks/results/kernels_h100.json]
 
-`--only`: attention whose name starts with one of these, or copies of KV by `kv`, and nothing else.
+`--only`: attention whose name starts with one of these, copies of KV by `kv`, or from a second GPU by `peer`,
+and nothing else.
 
 Ceilings are measured in the same run: a large copy and read, a large matrix product. Times are medians over
 repeats that rotate over several input sets where these fit into the cache.
@@ -127,20 +128,44 @@ def attention_case(heads, groups) -> tuple[float, float, float]:
     return seconds, num_bytes, 4.0 * pairs * num_q_heads * head_dim
 
 
+KV_ROWS = {"28 layers, 1 KiB": (28, 128), "32 layers, 8 KiB": (32, 1024)}
+
+
 def kv_row_rates() -> dict[str, dict[str, float]]:
     """GB/s, read and written, of 4,096 scattered slots into others, by shape and number of programs."""
     found: dict[str, dict[str, float]] = {}
     default = kv_rows.MAX_PROGRAMS
-    for name, (layers, row) in {"28 layers, 1 KiB": (28, 128), "32 layers, 8 KiB": (32, 1024)}.items():
+    for name, (layers, row) in KV_ROWS.items():
         rows = torch.zeros(2 * layers, 8192, row, dtype=torch.int64, device=DEVICE)
         slots = torch.randperm(8192, device=DEVICE)
         source, target = slots[:4096], slots[4096:]
         found[name] = {}
         for programs in (16, 32, 64, 128, 256, 512):
             kv_rows.MAX_PROGRAMS = programs
-            seconds = measure(partial(kv_rows.pull_rows, rows.data_ptr(), 8192, source, rows, target))
+            seconds = measure(partial(kv_rows.pull_rows, rows.data_ptr(), 8192, row, source, rows, target))
             found[name][str(programs)] = round(2 * 4096 * 2 * layers * row * 8 / seconds / 1e9, 1)
     kv_rows.MAX_PROGRAMS = default
+    return found
+
+
+def peer_row_rates() -> dict[str, dict[str, float]]:
+    """GB/s over the link from the second GPU, of 4,096 scattered slots: by shape, KiB of a tile, programs."""
+    default = kv_rows.MAX_PROGRAMS, kv_rows.TILE_BYTES
+    found: dict[str, dict[str, float]] = {}
+    for name, (layers, row) in KV_ROWS.items():
+        theirs = torch.zeros(2 * layers, 8192, row, dtype=torch.int64, device="cuda:1")
+        ours = torch.zeros_like(theirs, device=DEVICE)
+        plain = measure(lambda ours=ours, theirs=theirs: ours.copy_(theirs))  # opens the way, too
+        found[name] = {"plain copy": round(theirs.nbytes / plain / 1e9, 1)}
+        slots = torch.randperm(8192, device=DEVICE)
+        source, target = slots[:4096], slots[4096:]
+        for tile_kib in (8, 16, 32):
+            for programs in (64, 128, 256, 512, 1024):
+                kv_rows.TILE_BYTES, kv_rows.MAX_PROGRAMS = tile_kib * 1024, programs
+                pull = partial(kv_rows.pull_rows, theirs.data_ptr(), 8192, row, source, ours, target)
+                rate = theirs.nbytes / 2 / measure(pull) / 1e9
+                found[name][f"{tile_kib} KiB x {programs}"] = round(rate, 1)
+    kv_rows.MAX_PROGRAMS, kv_rows.TILE_BYTES = default
     return found
 
 
@@ -226,6 +251,10 @@ def main() -> None:
         result["kv_rows"] = kv_row_rates()
         for name, rates in result["kv_rows"].items():
             print(f"kv rows {name:20s} {msgspec.json.encode(rates).decode()}", flush=True)
+    if torch.cuda.device_count() > 1 and (not args.only or "peer rows".startswith(args.only)):
+        result["peer_rows"] = peer_row_rates()
+        for name, rates in result["peer_rows"].items():
+            print(f"peer rows {name:20s} {msgspec.json.encode(rates).decode()}", flush=True)
     if not args.only:
         add_other_cases(result)
     if args.out:
