@@ -5,6 +5,7 @@ wait has a limit. Raw bytes carry no MAC: their block's frame does, and the link
 Runs in a thread of the transport.
 """
 
+import select
 import socket
 import struct
 import time
@@ -55,6 +56,19 @@ class Channel:
         if length > max_bytes:
             raise LinkBroken(f"a frame of {length} bytes; the limit is {max_bytes}")
         return bytes(self._read(length, until_s))
+
+    def has_news(self, limit_s: float) -> bool:
+        """Wait until the peer says something or hangs up; whether it has within `limit_s`."""
+        poll = select.poll()
+        poll.register(self._sock, select.POLLIN)
+        return bool(poll.poll(limit_s * 1000))
+
+    def is_closed_there(self) -> bool:
+        """Whether the peer has hung up, with nothing left of what it said; only where there is news."""
+        try:
+            return not self._sock.recv(1, socket.MSG_PEEK)
+        except OSError:
+            return True
 
     def send(self, frame: Frame, limit_s: float) -> None:
         """Send a sealed frame."""

@@ -1,14 +1,15 @@
 """What the two ends of a KV transfer say to each other, behind the handshake of cluster_link.
 
     sender                                    receiver
-    hello(detail=Opening)          -->
-                                   <--        welcome(detail=Choice), or refused(code, text, diff)
+    Opening                        -->
+                                   <--        Choice, or Refused
     Block, and its bytes by lane   -->
                                    <--        Ack            a lane's staging memory may be used again
     Alive                          -->                       while the next chunk is computed
     Complete                       -->
                                    <--        Accepted, or Rejected
 
+Behind Accepted the next transfer may begin on the same connection; behind Refused and Rejected it is closed.
 Frozen structs with a schema; anything else ends the transfer.
 """
 
@@ -47,6 +48,14 @@ class Choice(Frame, frozen=True):
     """The receiver takes the transfer, by this lane."""
 
     lane: str
+
+
+class Refused(Frame, frozen=True):
+    """The receiver does not take the transfer: `code` for programs, the rest for the log."""
+
+    code: str
+    text: str
+    diff: tuple[str, ...] = ()
 
 
 class Block(Frame, frozen=True):
@@ -92,6 +101,7 @@ class Rejected(Frame, frozen=True):
 
 FromSender = Block | Alive | Complete
 FromReceiver = Ack | Accepted | Rejected
+FirstFromReceiver = Choice | Refused
 
 
 def decode(data: bytes, kind: Any) -> Any:

@@ -14,15 +14,16 @@ from functools import partial
 
 import msgspec
 
-from lightllm.cluster_link import Acceptor, Hello, LinkBroken, LinkRefused
+from lightllm.cluster_link import Acceptor, LinkBroken, LinkRefused
 from lightllm.device.base import Moment
 from lightllm.errors import BindError, KVTransferError
 from lightllm.messages import KVTransferOrder
 from lightllm.transfer import frames
 from lightllm.transfer.base import Endings, Hold, Ledger, Transport, fault_of
 from lightllm.transfer.channel import Channel
-from lightllm.transfer.frames import Choice, LaneOffer, Opening
+from lightllm.transfer.frames import Choice, LaneOffer, Opening, Refused
 from lightllm.transfer.lane import Cut, LaneUnavailable, ReceivingEnd
+from lightllm.transfer.peers import KEPT_S, Peers
 from lightllm.transfer.receipt import Intake, Receipt
 from lightllm.transfer.shipment import Node, Sending, Shipment
 
@@ -30,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 MAX_CONNECTIONS = 1024
 CLOSE_LIMIT_S = 2.0
+# A connection that serves nobody is closed by the receiver, too, should the sender not do it.
+IDLE_LIMIT_S = 2 * KEPT_S
 
 
 class KVLink(Transport):
@@ -51,7 +54,8 @@ class KVLink(Transport):
         self._changed = threading.Condition()
         self._choices: dict[str, str] = {}  # by node
         self._threads: set[threading.Thread] = set()
-        self._num_connections = 0
+        self._connections: set[Channel] = set()
+        self._peers = Peers()
         self._is_closed = False
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
@@ -78,7 +82,8 @@ class KVLink(Transport):
         sending = self._sending(order.request_id)
         assert order.target is not None, "an order to send names its target"
         if order.start == order.target.num_cached_tokens:
-            sending = Sending(self._node, order, Hold(order.request_id, self._ledger, "sent"))
+            hold = Hold(order.request_id, self._ledger, "sent")
+            sending = Sending(self._node, self._peers, order, hold)
             with self._changed:
                 self._forget_ended()
                 self._sendings[order.request_id] = sending
@@ -109,10 +114,14 @@ class KVLink(Transport):
         self._listener.close()
         with self._changed:
             moving: list[Sending | Receipt] = [*self._sendings.values(), *self._receipts.values()]
+            connections = list(self._connections)
             self._changed.notify_all()
         for transfer in moving:
             transfer.hold.fail("this node stops", "stopped")
             transfer.interrupt()
+        for channel in connections:
+            channel.interrupt()
+        self._peers.close()
         # A thread inside torch when the interpreter ends would take the process down with it.
         until_s = time.monotonic() + CLOSE_LIMIT_S
         for thread in self._running():
@@ -144,26 +153,27 @@ class KVLink(Transport):
                     logger.warning("KV link: cannot accept a connection: %s", error)
                     time.sleep(0.1)
                 continue
+            channel = Channel(sock)
             with self._changed:
-                is_full = self._num_connections >= MAX_CONNECTIONS
-                self._num_connections += not is_full
+                is_full = len(self._connections) >= MAX_CONNECTIONS or self._is_closed
+                if not is_full:
+                    self._connections.add(channel)
             if is_full:
                 logger.warning("KV link: more than %d connections; one was refused", MAX_CONNECTIONS)
-                sock.close()
+                channel.close()
             else:
-                self._start(partial(self._serve, sock, str(peer[0])), "kv-receive")
+                self._start(partial(self._serve, channel, str(peer[0])), "kv-receive")
 
-    def _serve(self, sock: socket.socket, peer: str) -> None:
-        """One connection, from its greeting to its end."""
-        channel = Channel(sock)
+    def _serve(self, channel: Channel, peer: str) -> None:
+        """One connection, from its greeting to its end; transfers one after the other."""
+        limits = self._node.limits
         try:
-            self._converse(channel)
+            epoch = self._greet(channel)
+            while channel.has_news(IDLE_LIMIT_S) and not channel.is_closed_there():
+                self._converse(channel, epoch, channel.receive(Opening, limits.silence_s))
         except LinkRefused as refusal:
             logger.warning("KV link: refused %s: %s %s", peer, refusal, "; ".join(refusal.diff))
-            try:
-                channel.send_raw(refusal.frame, self._node.limits.handshake_s)
-            except KVTransferError:
-                pass  # it did not wait for an answer
+            self._tell(channel, refusal)
         except (KVTransferError, OSError) as error:
             logger.info("KV link: connection from %s ended: %s", peer, error)
         except (LinkBroken, msgspec.DecodeError) as error:
@@ -171,23 +181,39 @@ class KVLink(Transport):
         finally:
             channel.close()
             with self._changed:
-                self._num_connections -= 1
+                self._connections.discard(channel)
 
-    def _converse(self, channel: Channel) -> None:
+    def _greet(self, channel: Channel) -> int:
+        """Let the peer prove that it has our token; its epoch."""
         limit_s = self._node.limits.handshake_s
         acceptor = Acceptor(self._node.token, frames.PURPOSE)
         channel.send_raw(acceptor.challenge(), limit_s)
         hello = acceptor.take_hello(channel.receive_raw(limit_s))
-        opening = frames.decode(hello.detail, Opening)
-        intake = self._admit(acceptor, hello, opening, channel)
+        welcome, channel.seal = acceptor.welcome(socket.gethostname(), self._node.epoch)
+        channel.send_raw(welcome, limit_s)
+        return hello.epoch
+
+    def _tell(self, channel: Channel, refusal: LinkRefused) -> None:
+        """Why it was refused; to a peer without our token by the frame that it can read."""
+        limit_s = self._node.limits.handshake_s
+        try:
+            if channel.seal is None:
+                channel.send_raw(refusal.frame, limit_s)
+            else:
+                channel.send(Refused(code=refusal.reason, text=refusal.message, diff=refusal.diff), limit_s)
+        except KVTransferError:
+            pass  # it did not wait for an answer
+
+    def _converse(self, channel: Channel, epoch: int, opening: Opening) -> None:
+        """One transfer from a peer of that epoch."""
+        intake = self._admit(epoch, opening, channel)
         receipt, end, is_done = intake.receipt, None, False
         try:
-            lane, end, cut = self._choose_lane(acceptor, opening.lanes, intake)
+            lane, end, cut = self._choose_lane(opening.lanes, intake)
             receipt.hold.lane = lane
-            detail = frames.encode(Choice(lane=lane))
-            welcome, channel.seal = acceptor.welcome(socket.gethostname(), self._node.epoch, detail)
-            channel.send_raw(welcome, limit_s)
+            channel.send(Choice(lane=lane), self._node.limits.handshake_s)
             intake.run(channel, end, cut)
+            receipt.release(channel)
             is_done = True
         except (KVTransferError, LinkBroken, LinkRefused, OSError) as error:
             receipt.hold.fail(f"receiving KV from {receipt.source.node_id}: {error}", fault_of(error))
@@ -199,7 +225,7 @@ class KVLink(Transport):
             if end is not None:
                 end.close()
 
-    def _admit(self, acceptor: Acceptor, hello: Hello, opening: Opening, channel: Channel) -> Intake:
+    def _admit(self, epoch: int, opening: Opening, channel: Channel) -> Intake:
         """What this peer's ticket admits it to.
 
         Raises:
@@ -208,20 +234,20 @@ class KVLink(Transport):
         node = self._node
         if opening.target_epoch != node.epoch:
             text = f"this is epoch {node.epoch}, not {opening.target_epoch}: the node was restarted"
-            raise acceptor.refuse("old_epoch", text)
+            raise LinkRefused("old_epoch", text)
         with self._changed:
             self._changed.wait_for(
                 lambda: opening.ticket in self._receipts or self._is_closed, node.limits.ticket_s
             )
             receipt = self._receipts.get(opening.ticket)
         if receipt is None:
-            raise acceptor.refuse("bad_ticket", "no transfer is expected under this ticket")
-        if hello.epoch != receipt.source.epoch:
-            text = f"the transfer is expected from epoch {receipt.source.epoch}, not {hello.epoch}"
-            raise acceptor.refuse("old_epoch", text)
-        expected = self._expected(acceptor, opening)
+            raise LinkRefused("bad_ticket", "no transfer is expected under this ticket")
+        if epoch != receipt.source.epoch:
+            text = f"the transfer is expected from epoch {receipt.source.epoch}, not {epoch}"
+            raise LinkRefused("old_epoch", text)
+        expected = self._expected(opening)
         if not receipt.claim(channel, opening.rank, opening.layout.tp_size, len(expected)):
-            raise acceptor.refuse("bad_ticket", "the ticket was used, or the transfer was given up")
+            raise LinkRefused("bad_ticket", "the ticket was used, or the transfer was given up")
         differences = node.layout.differences(opening.layout)
         diff = tuple(f"{name}: here {own!r}, there {other!r}" for name, own, other in differences)
         if opening.start != receipt.start:
@@ -229,10 +255,10 @@ class KVLink(Transport):
         if diff:
             text = f"the KV of the two nodes does not fit: {'; '.join(diff)}"
             receipt.hold.fail(text, "bad_layout")
-            raise acceptor.refuse("bad_layout", text, diff)
+            raise LinkRefused("bad_layout", text, diff=diff)
         return Intake(receipt, expected[opening.rank])
 
-    def _expected(self, acceptor: Acceptor, opening: Opening) -> dict[int, range]:
+    def _expected(self, opening: Opening) -> dict[int, range]:
         """The KV heads that each rank of a sender has for this one; the peer is one of these ranks.
 
         Raises:
@@ -241,18 +267,16 @@ class KVLink(Transport):
         try:
             expected = {p.source_rank: p.heads for p in self._node.receives(opening.layout.tp_size)}
         except KVTransferError as error:
-            raise acceptor.refuse("bad_layout", str(error)) from error
+            raise LinkRefused("bad_layout", str(error)) from error
         if opening.rank not in expected:
             ranks = ", ".join(map(str, expected))
             text = (
                 f"rank {opening.rank} of {opening.layout.tp_size} has nothing for rank {self._node.rank} here"
             )
-            raise acceptor.refuse("bad_layout", f"{text}; it expects {ranks}")
+            raise LinkRefused("bad_layout", f"{text}; it expects {ranks}")
         return expected
 
-    def _choose_lane(
-        self, acceptor: Acceptor, offers: list[LaneOffer], intake: Intake
-    ) -> tuple[str, ReceivingEnd, Cut]:
+    def _choose_lane(self, offers: list[LaneOffer], intake: Intake) -> tuple[str, ReceivingEnd, Cut]:
         """The first of the sender's lanes that both can use; the log says where that has changed."""
         lanes, node_id, reasons = self._node.lanes, intake.receipt.source.node_id, []
         for offer in offers:
@@ -271,7 +295,7 @@ class KVLink(Transport):
                 logger.info("KV link: KV of node %s comes by %s", node_id, choice)
             return offer.name, end, cut
         text = "no common --kv_transport"
-        raise acceptor.refuse("no_lane", f"{text}: {'; '.join(reasons)}", tuple(reasons))
+        raise LinkRefused("no_lane", f"{text}: {'; '.join(reasons)}", diff=tuple(reasons))
 
     def _sending(self, request_id: str) -> Sending | None:
         with self._changed:

@@ -43,7 +43,7 @@ class Receipt:
         self._lock = threading.Lock()
         self._first_token_id: int | None = None
         self._source_size = 0
-        self._channels: dict[int, Channel] = {}
+        self._channels: dict[int, Channel | None] = {}  # by the sender's rank; None: it has brought all
 
     def claim(self, channel: Channel, source_rank: int, source_size: int, num_parts: int) -> bool:
         """Whether the ticket admits this connection: the first of its rank, while it is wanted.
@@ -68,8 +68,15 @@ class Receipt:
         """
         with self._lock:
             for channel in self._channels.values():
-                if channel is not but:
+                if channel is not None and channel is not but:
                     channel.interrupt()
+
+    def release(self, channel: Channel) -> None:
+        """This connection has brought its part, and may serve another transfer."""
+        with self._lock:
+            self._channels = {
+                rank: None if other is channel else other for rank, other in self._channels.items()
+            }
 
     def is_first_token(self, token_id: int) -> bool:
         """Whether all ranks so far have told this one."""

@@ -1,7 +1,8 @@
 """Sending: all that a rank sends of one request. Shipment: to one rank of the receiver, in its own thread.
 
-A shipment dials, offers lanes, then packs and announces each order's blocks as they come, so that the
-beginning of a prompt is on its way while the rest of it is computed. Reads slots only while it holds them.
+A shipment takes a connection that was kept or dials, offers lanes, then packs and announces each order's
+blocks as they come, so that the beginning of a prompt is on its way while the rest of it is computed. Reads
+slots only while it holds them.
 """
 
 import os
@@ -32,9 +33,11 @@ from lightllm.transfer.frames import (
     Complete,
     LaneOffer,
     Opening,
+    Refused,
     Rejected,
 )
 from lightllm.transfer.lane import WINDOW, Lanes, SendingEnd
+from lightllm.transfer.peers import Peers
 from lightllm.transfer.plan import KVRows, Part, blocks, digest, parts
 
 
@@ -91,6 +94,7 @@ class Sending:
     """Sends the KV of one request to all ranks that need heads of this one.
 
     Args:
+        peers: connections that can be used again.
         first: its first order.
         hold: on the slots of all its orders.
 
@@ -98,7 +102,7 @@ class Sending:
         shipments: what is to be run; none where other ranks have all that is needed.
     """
 
-    def __init__(self, node: Node, first: KVTransferOrder, hold: Hold) -> None:
+    def __init__(self, node: Node, peers: Peers, first: KVTransferOrder, hold: Hold) -> None:
         assert first.target is not None, "an order to send names its target"
         self.hold = hold
         self.shipments: list[Shipment] = []
@@ -109,7 +113,9 @@ class Sending:
             hold.fail(f"sending KV to {first.target.node_id}: {error}", fault_of(error))
             return
         hold.num_parts = len(found)
-        self.shipments = [Shipment(node, first, addresses[p.target_rank], p.heads, hold) for p in found]
+        self.shipments = [
+            Shipment(node, peers, first, addresses[p.target_rank], p.heads, hold) for p in found
+        ]
 
     def add(self, order: KVTransferOrder, written: Moment) -> None:
         """Ship this, too, once the device is past that moment; called in the order of positions."""
@@ -133,16 +139,20 @@ class Shipment:
     """Sends some heads of the KV of one request.
 
     Args:
+        peers: see Sending.
         first: its first order.
         address: of the rank that it goes to.
         heads: the model's KV heads that it brings.
         hold: on the slots of all its orders.
     """
 
-    def __init__(self, node: Node, first: KVTransferOrder, address: str, heads: range, hold: Hold) -> None:
+    def __init__(
+        self, node: Node, peers: Peers, first: KVTransferOrder, address: str, heads: range, hold: Hold
+    ) -> None:
         assert first.target is not None, "an order to send names its target"
         self.hold = hold
         self._node = node
+        self._peers = peers
         self._address = address
         self._rows = node.rows.part(heads)
         self._target: KVTarget = first.target
@@ -188,8 +198,7 @@ class Shipment:
         ends: dict[str, SendingEnd] = {}
         is_done = False
         try:
-            channel = self._dial()
-            end = self._open(channel, ends)
+            channel, end = self._begin(ends)
             token_ids: list[int] = []
             while not token_ids:
                 token_ids = self._ship_next(channel, end)
@@ -203,7 +212,7 @@ class Shipment:
         finally:
             if not is_done:
                 self.hold.fail("sending KV ended without a result")
-            self._close(ends)
+            self._close(ends, is_done)
         return is_done
 
     def _ship_next(self, channel: Channel, end: SendingEnd) -> list[int]:
@@ -231,6 +240,21 @@ class Shipment:
     def _silence_s(self) -> float:
         return self._node.limits.silence_s
 
+    def _begin(self, ends: dict[str, SendingEnd]) -> tuple[Channel, SendingEnd]:
+        """Find the receiver ready, on a connection that was kept or on a new one."""
+        opening = self._opening(ends)
+        kept = self._peers.take(self._address)
+        if kept is not None:
+            self._use(kept)
+            try:
+                return kept, self._open(kept, opening, ends)
+            except KVTransferError as error:
+                if error.fault != "peer_lost" or self.hold.is_over:
+                    raise
+            kept.close()  # it was closed there at this moment, or the peer was started anew
+        channel = self._dial()
+        return channel, self._open(channel, opening, ends)
+
     def _dial(self) -> Channel:
         scheme, _, place = self._address.partition("://")
         host, _, port = place.rpartition(":")
@@ -238,18 +262,24 @@ class Shipment:
             raise KVTransferError(f"{self._address!r} is no address of a KV link (tcp://HOST:PORT)")
         sock = socket.create_connection((host.strip("[]"), int(port)), self._node.limits.handshake_s)
         channel = Channel(sock)
+        self._use(channel)
+        node, limits = self._node, self._node.limits
+        dialer = Dialer(node.token, frames.PURPOSE, socket.gethostname(), node.epoch)
+        channel.send_raw(dialer.answer(channel.receive_raw(limits.handshake_s)), limits.handshake_s)
+        _, channel.seal = dialer.finish(channel.receive_raw(limits.handshake_s))
+        return channel
+
+    def _use(self, channel: Channel) -> None:
         with self._lock:
             self._channel = channel
         if self.hold.is_over:
             raise KVTransferError("the transfer was given up here")
-        return channel
 
-    def _open(self, channel: Channel, ends: dict[str, SendingEnd]) -> SendingEnd:
-        """Greet the receiver; it chooses one of our lanes."""
-        node, limits = self._node, self._node.limits
+    def _opening(self, ends: dict[str, SendingEnd]) -> Opening:
+        node = self._node
         for name in node.lanes.names:
             ends[name] = node.lanes.take_sender(name, self._rows)
-        opening = Opening(
+        return Opening(
             ticket=self._target.ticket,
             target_epoch=self._target.epoch,
             start=self._start,
@@ -257,15 +287,20 @@ class Shipment:
             layout=node.layout,
             lanes=[LaneOffer(name=name, fields=end.offer()) for name, end in ends.items()],
         )
-        dialer = Dialer(node.token, frames.PURPOSE, socket.gethostname(), node.epoch, frames.encode(opening))
-        channel.send_raw(dialer.answer(channel.receive_raw(limits.handshake_s)), limits.handshake_s)
+
+    def _open(self, channel: Channel, opening: Opening, ends: dict[str, SendingEnd]) -> SendingEnd:
+        """Offer our lanes to the receiver, which chooses one of them."""
+        limits = self._node.limits
+        channel.send(opening, limits.handshake_s)
         # The receiver may wait for its own order first.
-        welcome, channel.seal = dialer.finish(channel.receive_raw(limits.handshake_s + limits.ticket_s))
-        lane = frames.decode(welcome.detail, Choice).lane
-        if lane not in ends:
-            raise LinkBroken(f"the peer chose lane {lane!r}, offered were {', '.join(ends)}")
-        self.hold.lane = lane
-        return ends[lane]
+        match channel.receive(frames.FirstFromReceiver, limits.handshake_s + limits.ticket_s):
+            case Choice(lane=lane) if lane in ends:
+                self.hold.lane = lane
+                return ends[lane]
+            case Refused(code=code, text=text, diff=diff):
+                raise LinkRefused(code, text, diff=diff)
+            case other:
+                raise LinkBroken(f"the peer answered {other!r}, offered were {', '.join(ends)}")
 
     def _wait_until(self, is_ready: Callable[[], bool], channel: Channel) -> None:
         """Wait for the engine, listen to the peer meanwhile, and let it know that we live."""
@@ -318,10 +353,12 @@ class Shipment:
             case other:
                 raise LinkBroken(f"{type(other).__name__} out of turn")
 
-    def _close(self, ends: dict[str, SendingEnd]) -> None:
+    def _close(self, ends: dict[str, SendingEnd], is_done: bool) -> None:
         with self._lock:
             self._is_closed = True
-            if self._channel is not None:
+            if self._channel is not None and is_done:
+                self._peers.keep(self._address, self._channel)
+            elif self._channel is not None:
                 self._channel.close()
             os.close(self._news)
         for name, end in ends.items():

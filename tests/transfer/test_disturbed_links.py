@@ -13,9 +13,10 @@ from tests.transfer.frame_proxy import HARMS, FrameProxy
 from tests.transfer.nodes import NUM_SLOTS, SOURCE_EPOCH, TARGET_EPOCH, End, Request
 
 LIMITS = Limits(handshake_s=1.0, silence_s=0.7, alive_s=0.1, ticket_s=0.2)
-# Three blocks of five tokens: hello, three blocks, complete; challenge, welcome, three acks, accepted.
+# Three blocks of five tokens: hello, opening, three blocks, complete; challenge, welcome, choice, three acks,
+# accepted.
 NUM_TOKENS = 14
-NUM_FRAMES = {"there": 5, "back": 6}
+NUM_FRAMES = {"there": 6, "back": 7}
 PLACES = [(way, index) for way, count in NUM_FRAMES.items() for index in range(count)]
 LANES = ("shm", "tcp")
 
