@@ -88,14 +88,18 @@ def over_symmetric_memory(others: TorchCollectives, store: Store) -> Collectives
         others: the ranks, GPUs of this machine, over NCCL.
         store: where they meet.
     """
-    device = others.device
-    why_not = _why_not(others.size, device)
+    why_not = _why_not(others.size, others.device)
     if not others.smallest(not why_not):
-        logger.info("sums of all sizes go through NCCL: %s", why_not or "another rank cannot share memory")
-        return others
+        return _without(others, why_not)
     group = _name_group(others, store)
-    box = _map_box(others.device)
-    limits = _measure(box, others, device)
+    box = None
+    try:
+        box = _map_box(others.device)
+    except RuntimeError as error:  # a driver or a machine on which memory cannot be shared like this
+        why_not = str(error)
+    if not others.smallest(box is not None) or box is None:
+        return _without(others, why_not)
+    limits = _measure(box, others, others.device)
     logger.info(
         "sums go through symmetric memory up to %d KiB in one shot and up to %d KiB in two, else through "
         "NCCL: the fastest of each size, measured",
@@ -103,6 +107,11 @@ def over_symmetric_memory(others: TorchCollectives, store: Store) -> Collectives
         limits.two_shot // 1024,
     )
     return SymmetricMemoryCollectives(box, group, others, limits)
+
+
+def _without(others: Collectives, why_not: str) -> Collectives:
+    logger.info("sums of all sizes go through NCCL: %s", why_not or "another rank cannot share memory")
+    return others
 
 
 def _why_not(size: int, device: torch.device) -> str:
