@@ -15,9 +15,10 @@ from typing import Any
 
 import msgspec
 
+from lightllm.packed_ints import Ints, from_wire, to_wire
 from lightllm.sampling_params import SamplingParams
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 FINISH_REASONS = ("stop", "length", "abort", "error", "handed_over")
 """`handed_over` never reaches a client: a prefill node's request whose KV the decode node has taken."""
@@ -76,7 +77,7 @@ class EngineRequest(Message):
     """
 
     request_id: str
-    prompt_token_ids: list[int]
+    prompt_token_ids: Ints
     sampling_params: SamplingParams
     output_token_ids: list[int] = []
     sample_index: int = 0
@@ -466,7 +467,7 @@ FromEngine = EngineOutput | KVReserved | Inspected | Pong
 ToChild = ChildConfig | EngineUp | EngineDown | Drain
 FromChild = ChildProgress | ChildReady | ChildFailed
 
-_ENCODER = msgspec.msgpack.Encoder()
+_ENCODER = msgspec.msgpack.Encoder(enc_hook=to_wire)
 
 
 def encode(message: msgspec.Struct) -> bytes:
@@ -480,9 +481,9 @@ def decode(data: bytes | memoryview, kind: Any) -> Any:
     Raises:
         msgspec.ValidationError: the bytes are not exactly such a message.
     """
-    return msgspec.msgpack.decode(data, type=kind)
+    return msgspec.msgpack.decode(data, type=kind, dec_hook=from_wire)
 
 
 def decoder(kind: Any) -> msgspec.msgpack.Decoder[Any]:
     """A reusable decoder for hot paths."""
-    return msgspec.msgpack.Decoder(kind)
+    return msgspec.msgpack.Decoder(kind, dec_hook=from_wire)

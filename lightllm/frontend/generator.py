@@ -16,6 +16,7 @@ from lightllm.frontend.engine_client import EngineClientLike
 from lightllm.frontend.generation import Emit, Generation, NoObserver, Observer, SampleStream
 from lightllm.frontend.tokenizer import Tokenizer
 from lightllm.messages import EngineInfo, EngineRequest, RequestFailure
+from lightllm.packed_ints import Ints, bounds, pack
 from lightllm.sampling_params import SamplingParams
 
 # Above this many characters encoding leaves the event loop; below, the hop to a thread costs more.
@@ -65,8 +66,11 @@ class Generator:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(None, self.tokenizer.encode, text, add_special_tokens)
 
-    def check_prompt(self, prompt: Sequence[int], max_new_tokens: int, param: str) -> None:
+    def check_prompt(self, prompt: Sequence[int], max_new_tokens: int, param: str) -> Ints:
         """Check a prompt's ids and length.
+
+        Returns:
+            The ids, packed.
 
         Raises:
             RequestError: empty, or an id outside the vocabulary.
@@ -77,7 +81,11 @@ class Generator:
             raise RequestError(
                 f"{param}: got no tokens, allowed at least 1", code="out_of_range", param=param
             )
-        low, high = min(prompt), max(prompt)
+        try:
+            packed = pack(prompt)
+            low, high = bounds(packed)
+        except OverflowError:  # outside of any vocabulary
+            low, high = min(prompt), max(prompt)
         if low < 0 or high >= info.vocab_size:
             bad = low if low < 0 else high
             message = f"{param}: got token id {bad}, allowed 0 <= id <= {info.vocab_size - 1}"
@@ -90,10 +98,11 @@ class Generator:
                 "or raise --max_req_total_len"
             )
             raise ContextLengthError(message, param=param)
+        return packed
 
     def start(
         self,
-        prompts: list[list[int]],
+        prompts: list[Ints],
         params: SamplingParams,
         emit: Emit,
         *,
@@ -105,7 +114,7 @@ class Generator:
         """Submit `params.n` samples of each prompt; `emit` is called for every token from now on.
 
         Args:
-            prompts: checked by `check_prompt`.
+            prompts: as `check_prompt` returns them.
             params: checked by `sampling_params.validate`.
             timeout_s: of this request; the generator's own bound where None.
             add_spaces: put spaces around special tokens that are shown (native API).
