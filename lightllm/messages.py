@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from lightllm.packed_ints import Ints, from_wire, to_wire
+from lightllm.packed_ints import Ints, from_wire, pack, to_wire
 from lightllm.sampling_params import SamplingParams
 
 PROTOCOL_VERSION = 2
@@ -259,7 +259,7 @@ class NewRequest(Part):
 
     request_id: str
     row: int
-    token_ids: list[int]
+    token_ids: Ints
     num_prompt_tokens: int
     sampling_params: SamplingParams
     eos_token_ids: list[int]
@@ -279,8 +279,8 @@ class KVTransferOrder(Part):
 
     request_id: str
     start: int
-    slots: list[int]
-    token_ids: list[int] = []
+    slots: Ints
+    token_ids: Ints = msgspec.field(default_factory=pack)
     row: int = -1
     target: KVTarget | None = None
     source: KVSource | None = None
@@ -317,7 +317,7 @@ class ScheduledBatch(Message):
     is_sampling: list[bool] = []
     slot_starts: list[int] = []
     slot_counts: list[int] = []
-    slots: list[int] = []
+    slots: Ints = msgspec.field(default_factory=pack)
     drafts: dict[int, list[int]] = {}
     grammar_masks: dict[int, bytes] = {}
     kv_sends: list[KVTransferOrder] = []

@@ -222,7 +222,7 @@ class Request:
         return NewRequest(
             request_id=self.request_id,
             row=self.row,
-            token_ids=self.token_ids.tolist(),
+            token_ids=self.token_ids[:],
             num_prompt_tokens=self.num_prompt_tokens,
             sampling_params=self.sampling_params,
             eos_token_ids=eos_token_ids,
