@@ -36,6 +36,7 @@ from lightllm.engine.core import Engine
 from lightllm.engine.executor import Executor, Pending
 from lightllm.engine.link import ZmqLink
 from lightllm.messages import EngineInfo, EngineRequest, ScheduledBatch, StepOutput
+from lightllm.packed_ints import pack
 from lightllm.sampling_params import SamplingParams
 from lightllm.scheduler.config import SchedulerConfig
 from lightllm.scheduler.scheduler import Scheduler
@@ -173,7 +174,7 @@ def turns_ms(what: str, count: int) -> list[float]:
         ids = prompt_of(what, i) if what != "none" else []
         assert isinstance(ids, list), "texts do not reach an engine"
         params = SamplingParams(max_new_tokens=1, ignore_eos=True)
-        request = EngineRequest(request_id=f"long {i}", prompt_token_ids=ids, sampling_params=params)
+        request = EngineRequest(request_id=f"long {i}", prompt_token_ids=pack(ids), sampling_params=params)
         encoded.append(messages.encode(request) if ids else b"")
     longest = []
     with tempfile.TemporaryDirectory() as folder:
@@ -186,7 +187,7 @@ def turns_ms(what: str, count: int) -> list[float]:
         params = SamplingParams(max_new_tokens=60_000, ignore_eos=True)
         for i in range(DECODING):
             prompt = [i, *range(255)]
-            request = EngineRequest(request_id=f"s{i}", prompt_token_ids=prompt, sampling_params=params)
+            request = EngineRequest(request_id=f"s{i}", prompt_token_ids=pack(prompt), sampling_params=params)
             engine.scheduler.add(request, time.time())
         for data in [b"", *encoded]:
             _turns(engine, inbox, 20)
