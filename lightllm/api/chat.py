@@ -128,13 +128,13 @@ async def _start(
     ids = await _prompt(context, messages, kwargs)
     generator = context.generator
     if _max_tokens(request) is None:
-        generator.check_prompt(ids, 1, "messages")
+        await generator.check_prompt(ids, 1, "messages")
         room = generator.require_info().max_req_total_len - len(ids)
         if params.min_new_tokens > room:
             message = f"min_tokens: got {params.min_new_tokens}, but the prompt leaves room for {room} tokens"
             raise ContextLengthError(message, param="min_tokens")
         params = msgspec.structs.replace(params, max_new_tokens=room)
-    prompt = generator.check_prompt(ids, params.max_new_tokens, "messages")
+    prompt = await generator.check_prompt(ids, params.max_new_tokens, "messages")
     generation = generator.start(
         [prompt], params, emit, request_id=call.request_id, priority=priority, timeout_s=timeout_s
     )

@@ -53,7 +53,7 @@ class _Job:
             param = "prompt" if len(self.given_prompts) == 1 else f"prompt[{i}]"
             if isinstance(prompt, str):
                 prompt = await generator.encode(prompt, add_special_tokens=self.params.add_special_tokens)
-            ids.append(generator.check_prompt(prompt, self.params.max_new_tokens, param))
+            ids.append(await generator.check_prompt(prompt, self.params.max_new_tokens, param))
         if self.has_echo and self.num_top is not None:
             size = sum(len(prompt) for prompt in ids) * (self.num_top + 1) * self.params.n
             if size > MAX_PROMPT_LOGPROBS:

@@ -169,7 +169,7 @@ async def _start(
     priority = check_priority(agreed("priority", request.priority, PREFIX + "priority", parameters.priority))
     params = _sampling_params(context, parameters, logprobs)
     ids = await _prompt(context, request.inputs, params.add_special_tokens)
-    prompt = context.generator.check_prompt(ids, params.max_new_tokens, "inputs")
+    prompt = await context.generator.check_prompt(ids, params.max_new_tokens, "inputs")
     generation = context.generator.start(
         [prompt],
         params,

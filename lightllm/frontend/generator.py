@@ -21,6 +21,8 @@ from lightllm.sampling_params import SamplingParams
 
 # Above this many characters encoding leaves the event loop; below, the hop to a thread costs more.
 INLINE_CHARS = 2048
+# So many ids of a prompt are packed before others get their turn.
+SLICE_TOKENS = 4096
 
 
 class Generator:
@@ -66,8 +68,8 @@ class Generator:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(None, self.tokenizer.encode, text, add_special_tokens)
 
-    def check_prompt(self, prompt: Sequence[int], max_new_tokens: int, param: str) -> Ints:
-        """Check a prompt's ids and length.
+    async def check_prompt(self, prompt: Sequence[int], max_new_tokens: int, param: str) -> Ints:
+        """Check a prompt's ids and length; of a long one in slices, so that other clients' tokens go on.
 
         Returns:
             The ids, packed.
@@ -82,7 +84,7 @@ class Generator:
                 f"{param}: got no tokens, allowed at least 1", code="out_of_range", param=param
             )
         try:
-            packed = pack(prompt)
+            packed = await _packed(prompt)
             low, high = bounds(packed)
         except OverflowError:  # outside of any vocabulary
             low, high = min(prompt), max(prompt)
@@ -212,6 +214,18 @@ class Generator:
         if not params.stop_sequences:
             return texts, params
         return texts, msgspec.structs.replace(params, stop_sequences=[], stop_token_ids=stop_ids)
+
+
+async def _packed(prompt: Sequence[int]) -> Ints:
+    """The ids as an array; the event loop turns before, between and behind slices of a long prompt."""
+    if len(prompt) <= SLICE_TOKENS:
+        return pack(prompt)
+    packed = pack()
+    for start in range(0, len(prompt), SLICE_TOKENS):
+        await asyncio.sleep(0)
+        packed.extend(pack(prompt[start : start + SLICE_TOKENS]))
+    await asyncio.sleep(0)
+    return packed
 
 
 def _no_text(token_id: int) -> str:
