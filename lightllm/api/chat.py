@@ -19,7 +19,7 @@ from lightllm.api.openai_output import ChatTokens, ChunkWriter
 from lightllm.api.openai_types import ChatChoice, ChatCompletion, ChatMessage, ChatRequest
 from lightllm.errors import ContextLengthError
 from lightllm.frontend.generation import Emit, Generation, SampleStream
-from lightllm.frontend.generator import INLINE_CHARS
+from lightllm.frontend.tokenizer import INLINE_CHARS
 from lightllm.messages import TokenLogprobs
 from lightllm.sampling_params import MAX_LOGPROBS, SamplingParams
 

@@ -14,13 +14,11 @@ from lightllm.errors import ContextLengthError, RequestError
 from lightllm.frontend.detokenizer import DetokenizerFactory
 from lightllm.frontend.engine_client import EngineClientLike
 from lightllm.frontend.generation import Emit, Generation, NoObserver, Observer, SampleStream
-from lightllm.frontend.tokenizer import Tokenizer
+from lightllm.frontend.tokenizer import INLINE_CHARS, Tokenizer
 from lightllm.messages import EngineInfo, EngineRequest, RequestFailure
 from lightllm.packed_ints import Ints, bounds, pack
 from lightllm.sampling_params import SamplingParams
 
-# Above this many characters encoding leaves the event loop; below, the hop to a thread costs more.
-INLINE_CHARS = 2048
 # So many ids of a prompt are packed before others get their turn.
 SLICE_TOKENS = 4096
 
