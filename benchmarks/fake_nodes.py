@@ -83,6 +83,10 @@ class NodeEnd:
                     link.send(EngineOutput(outputs=[token], stats=STATS))
                 else:
                     self.streams.append(request_id)
+            case EngineRequest(request_id=request_id, send_kv_to=None):
+                # One that ends with its first token, which concerns no decode node.
+                token = RequestOutput(request_id=request_id, new_token_ids=[ord("x")], finish_reason="length")
+                link.send(EngineOutput(outputs=[token], stats=STATS))
             case EngineRequest(request_id=request_id):
                 first = RequestOutput(request_id=request_id, new_token_ids=[ord("x")])
                 last = RequestOutput(request_id=request_id, finish_reason="handed_over")

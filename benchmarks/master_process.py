@@ -1,6 +1,7 @@
 """A pd_master as a process of its own, for benchmarks: all that a frontend has, and no model folder.
 
     python benchmarks/master_process.py --fd LISTENING_SOCKET --core CORE [--config_server HOST:PORT]
+    [--vocab_size 257]
 
 Router, node links, Generator, Detokenizer, metrics, routes, uvicorn and uvloop are those of the server; the
 tokenizer is that of the tests, one id for each byte. With a config_server it has itself listed there. Bound
@@ -37,11 +38,11 @@ from tests.fakes import byte_tokenizer
 MODEL = "bench"
 
 
-async def serve(listener: socket.socket, config_server: str | None) -> None:
+async def serve(listener: socket.socket, config_server: str | None, vocab_size: int) -> None:
     """Serve until stdin ends."""
     port = listener.getsockname()[1]
     node_id = f"pd_master-127.0.0.1:{port}"
-    router = PDRouter(vocab_size=257, max_queued_requests=1024)
+    router = PDRouter(vocab_size=vocab_size, max_queued_requests=1024)
     nodes = NodeServer(router, TOKEN, node_id=node_id, epoch=1)
     metrics = Metrics(MODEL, "0", router)
     tokenizer = byte_tokenizer()
@@ -81,9 +82,10 @@ def main() -> int:
     parser.add_argument("--fd", type=int, required=True, help="of an inherited listening socket")
     parser.add_argument("--core", type=int, required=True)
     parser.add_argument("--config_server", help="HOST:PORT")
+    parser.add_argument("--vocab_size", type=int, default=257, help="ids that prompts may have")
     args = parser.parse_args()
     os.sched_setaffinity(0, {args.core})  # before there is any thread
-    uvloop.run(serve(socket.socket(fileno=args.fd), args.config_server))
+    uvloop.run(serve(socket.socket(fileno=args.fd), args.config_server, args.vocab_size))
     return 0
 
 

@@ -144,11 +144,11 @@ class Cores:
 
 
 @contextlib.contextmanager
-def master(core: int, config_server: str | None = None) -> Iterator[Router]:
-    """A pd_master of ours."""
+def master(core: int, config_server: str | None = None, vocab_size: int = 257) -> Iterator[Router]:
+    """A pd_master of ours; prompts may have ids below `vocab_size`."""
     with socket.create_server(("127.0.0.1", 0), backlog=1024) as listener:
         command = [sys.executable, str(HERE / "master_process.py"), "--fd", str(listener.fileno())]
-        command += ["--core", str(core)]
+        command += ["--core", str(core), "--vocab_size", str(vocab_size)]
         if config_server is not None:
             command += ["--config_server", config_server]
         process = _spawn(command, pass_fds=(listener.fileno(),))

@@ -15,9 +15,10 @@ from typing import Any
 
 import msgspec
 
+from lightllm.packed_ints import Ints, from_wire, pack, to_wire
 from lightllm.sampling_params import SamplingParams
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 FINISH_REASONS = ("stop", "length", "abort", "error", "handed_over")
 """`handed_over` never reaches a client: a prefill node's request whose KV the decode node has taken."""
@@ -76,7 +77,7 @@ class EngineRequest(Message):
     """
 
     request_id: str
-    prompt_token_ids: list[int]
+    prompt_token_ids: Ints
     sampling_params: SamplingParams
     output_token_ids: list[int] = []
     sample_index: int = 0
@@ -258,7 +259,7 @@ class NewRequest(Part):
 
     request_id: str
     row: int
-    token_ids: list[int]
+    token_ids: Ints
     num_prompt_tokens: int
     sampling_params: SamplingParams
     eos_token_ids: list[int]
@@ -278,8 +279,8 @@ class KVTransferOrder(Part):
 
     request_id: str
     start: int
-    slots: list[int]
-    token_ids: list[int] = []
+    slots: Ints
+    token_ids: Ints = msgspec.field(default_factory=pack)
     row: int = -1
     target: KVTarget | None = None
     source: KVSource | None = None
@@ -316,7 +317,7 @@ class ScheduledBatch(Message):
     is_sampling: list[bool] = []
     slot_starts: list[int] = []
     slot_counts: list[int] = []
-    slots: list[int] = []
+    slots: Ints = msgspec.field(default_factory=pack)
     drafts: dict[int, list[int]] = {}
     grammar_masks: dict[int, bytes] = {}
     kv_sends: list[KVTransferOrder] = []
@@ -466,7 +467,7 @@ FromEngine = EngineOutput | KVReserved | Inspected | Pong
 ToChild = ChildConfig | EngineUp | EngineDown | Drain
 FromChild = ChildProgress | ChildReady | ChildFailed
 
-_ENCODER = msgspec.msgpack.Encoder()
+_ENCODER = msgspec.msgpack.Encoder(enc_hook=to_wire)
 
 
 def encode(message: msgspec.Struct) -> bytes:
@@ -480,9 +481,9 @@ def decode(data: bytes | memoryview, kind: Any) -> Any:
     Raises:
         msgspec.ValidationError: the bytes are not exactly such a message.
     """
-    return msgspec.msgpack.decode(data, type=kind)
+    return msgspec.msgpack.decode(data, type=kind, dec_hook=from_wire)
 
 
 def decoder(kind: Any) -> msgspec.msgpack.Decoder[Any]:
     """A reusable decoder for hot paths."""
-    return msgspec.msgpack.Decoder(kind)
+    return msgspec.msgpack.Decoder(kind, dec_hook=from_wire)

@@ -15,7 +15,7 @@ from typing import Protocol
 
 import msgspec
 
-from lightllm import web_socket
+from lightllm import messages, web_socket
 from lightllm.cluster_link import (
     HANDSHAKE_LIMIT_S,
     MAX_FRAME_BYTES,
@@ -38,8 +38,6 @@ LOST_AFTER_S = 3 * HEARTBEAT_S
 FIRST_RETRY_S = 0.2
 MAX_RETRY_S = 5.0
 REFUSED_RETRY_S = 5.0
-
-_ENCODER = msgspec.msgpack.Encoder()
 
 
 class LinkOwner(Protocol):
@@ -83,7 +81,7 @@ class Link:
     def send(self, message: msgspec.Struct) -> None:
         """Send one message; nothing happens once the link is closed."""
         if self._seal is not None and not self.socket.is_closed:
-            self.socket.send(self._seal.seal(_ENCODER.encode(message)))
+            self.socket.send(self._seal.seal(messages.encode(message)))
 
     def close(self, reason: str) -> None:
         """Close after what was sent has left."""

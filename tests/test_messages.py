@@ -15,6 +15,7 @@ from msgspec import inspect
 
 from lightllm import cluster_messages, messages, rank_messages
 from lightllm.messages import Message
+from lightllm.packed_ints import pack
 
 UNIONS = {
     "ToEngine": messages.ToEngine,
@@ -50,6 +51,8 @@ ATOMS: dict[type, st.SearchStrategy[Any]] = {
     inspect.FloatType: st.floats(allow_nan=False),
     inspect.StrType: TEXT,
     inspect.BytesType: st.binary(max_size=8),
+    # The one type of ours that msgspec does not know: packed numbers.
+    inspect.CustomType: st.lists(st.integers(-(2**31), 2**31 - 1), max_size=3).map(pack),
 }
 
 
@@ -157,6 +160,8 @@ def simplest(info: inspect.Type) -> Any:
             return []
         case inspect.StrType():
             return ""
+        case inspect.CustomType():
+            return pack()
         case inspect.BytesType():
             return b""
         case inspect.FloatType():

@@ -19,7 +19,7 @@ from lightllm.api.openai_output import ChatTokens, ChunkWriter
 from lightllm.api.openai_types import ChatChoice, ChatCompletion, ChatMessage, ChatRequest
 from lightllm.errors import ContextLengthError
 from lightllm.frontend.generation import Emit, Generation, SampleStream
-from lightllm.frontend.generator import INLINE_CHARS
+from lightllm.frontend.tokenizer import INLINE_CHARS
 from lightllm.messages import TokenLogprobs
 from lightllm.sampling_params import MAX_LOGPROBS, SamplingParams
 
@@ -125,16 +125,16 @@ async def _start(
     priority = check_priority(request.priority)
     uses_effort = context.tokenizer.template_uses("reasoning_effort")
     kwargs = template_kwargs(request.chat_template_kwargs, request.reasoning_effort, uses_effort)
-    prompt = await _prompt(context, messages, kwargs)
+    ids = await _prompt(context, messages, kwargs)
     generator = context.generator
     if _max_tokens(request) is None:
-        generator.check_prompt(prompt, 1, "messages")
-        room = generator.require_info().max_req_total_len - len(prompt)
+        await generator.check_prompt(ids, 1, "messages")
+        room = generator.require_info().max_req_total_len - len(ids)
         if params.min_new_tokens > room:
             message = f"min_tokens: got {params.min_new_tokens}, but the prompt leaves room for {room} tokens"
             raise ContextLengthError(message, param="min_tokens")
         params = msgspec.structs.replace(params, max_new_tokens=room)
-    generator.check_prompt(prompt, params.max_new_tokens, "messages")
+    prompt = await generator.check_prompt(ids, params.max_new_tokens, "messages")
     generation = generator.start(
         [prompt], params, emit, request_id=call.request_id, priority=priority, timeout_s=timeout_s
     )

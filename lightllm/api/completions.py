@@ -10,6 +10,7 @@ from lightllm.api.openai_output import ChunkWriter, CompletionTokens
 from lightllm.api.openai_types import Completion, CompletionChoice, CompletionRequest
 from lightllm.frontend.generation import Generation, SampleStream
 from lightllm.messages import TokenLogprobs
+from lightllm.packed_ints import Ints
 from lightllm.sampling_params import Described, SamplingParams
 
 MAX_PROMPTS = 128
@@ -47,13 +48,12 @@ class _Job:
         generator = self.call.context.generator
         timeout_s = check_timeout(request.timeout_s, self.call.context.config.server.request_timeout)
         priority = check_priority(request.priority)
-        ids: list[list[int]] = []
+        ids: list[Ints] = []
         for i, prompt in enumerate(self.given_prompts):
             param = "prompt" if len(self.given_prompts) == 1 else f"prompt[{i}]"
             if isinstance(prompt, str):
                 prompt = await generator.encode(prompt, add_special_tokens=self.params.add_special_tokens)
-            generator.check_prompt(prompt, self.params.max_new_tokens, param)
-            ids.append(prompt)
+            ids.append(await generator.check_prompt(prompt, self.params.max_new_tokens, param))
         if self.has_echo and self.num_top is not None:
             size = sum(len(prompt) for prompt in ids) * (self.num_top + 1) * self.params.n
             if size > MAX_PROMPT_LOGPROBS:

@@ -168,8 +168,8 @@ async def _start(
     check_priority(parameters.priority, PREFIX + "priority")
     priority = check_priority(agreed("priority", request.priority, PREFIX + "priority", parameters.priority))
     params = _sampling_params(context, parameters, logprobs)
-    prompt = await _prompt(context, request.inputs, params.add_special_tokens)
-    context.generator.check_prompt(prompt, params.max_new_tokens, "inputs")
+    ids = await _prompt(context, request.inputs, params.add_special_tokens)
+    prompt = await context.generator.check_prompt(ids, params.max_new_tokens, "inputs")
     generation = context.generator.start(
         [prompt],
         params,

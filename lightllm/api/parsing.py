@@ -42,7 +42,8 @@ def parse_json(body: bytes | bytearray) -> Any:
     """
     if not body:
         raise _bad("the body is empty; send one JSON object")
-    if body.count(b"[") + body.count(b"{") > MAX_BRACKETS:
+    num_brackets = body.count(b"[") + body.count(b"{")
+    if num_brackets > MAX_BRACKETS:
         raise _bad(f"the body has more than {MAX_BRACKETS} opening brackets")
     try:
         value = msgspec.json.decode(body)
@@ -54,7 +55,7 @@ def parse_json(body: bytes | bytearray) -> Any:
         raise _bad(f"the body is not valid JSON: {str(error)[:200]}") from None
     # Each key of the text leaves a quote and a colon. Where there are more of these than keys, a key was
     # written twice or a string holds some: only then the slow way is needed to tell.
-    if len(_KEY_END.findall(body)) > _count_keys(value):
+    if len(_KEY_END.findall(body)) > _count_keys(value, num_brackets):
         _check_unique(body)
     return value
 
@@ -92,18 +93,24 @@ def _bad(message: str) -> RequestError:
     return RequestError(message, code="bad_json")
 
 
-def _count_keys(value: Any) -> int:
-    """How many keys all objects have together; refuses what is nested too deep."""
+def _count_keys(value: Any, num_brackets: int) -> int:
+    """How many keys all objects have together; refuses what is nested too deep.
+
+    Args:
+        num_brackets: how many containers there are at most.
+    """
     num_keys = 0
     level = [value]
     for _ in range(MAX_DEPTH):
         below: list[Any] = []
+        num_brackets -= len(level)
         for node in level:
             if type(node) is dict:
                 num_keys += len(node)
                 below += [child for child in node.values() if type(child) in _CONTAINERS]
-            # Long lists are mostly token ids: their types are looked at in C.
-            elif type(node) is list and not _CONTAINERS.isdisjoint(map(type, node)):
+            # Long lists are mostly token ids: not looked at where no bracket is left for a container in them,
+            # and in C where there is.
+            elif num_brackets > 0 and type(node) is list and not _CONTAINERS.isdisjoint(map(type, node)):
                 below += [child for child in node if type(child) in _CONTAINERS]
         if not below:
             return num_keys

@@ -29,6 +29,7 @@ from lightllm.messages import (
     RequestOutput,
     ToEngine,
 )
+from lightllm.packed_ints import pack
 from lightllm.sampling_params import SamplingParams
 from lightllm.scheduler.scheduler import Scheduler
 
@@ -116,7 +117,7 @@ class Engine:
         """
         params = SamplingParams(max_new_tokens=num_tokens, ignore_eos=True)
         request = EngineRequest(
-            request_id="warm_up", prompt_token_ids=prompt_token_ids, sampling_params=params
+            request_id="warm_up", prompt_token_ids=pack(prompt_token_ids), sampling_params=params
         )
         token_ids: list[int] = []
         outputs = _listed(self.scheduler.add(request, self.clock()))

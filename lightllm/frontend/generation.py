@@ -14,6 +14,7 @@ from lightllm.errors import LightLLMError
 from lightllm.frontend.detokenizer import Detokenizer
 from lightllm.frontend.engine_client import EngineClientLike, error_of
 from lightllm.messages import EngineRequest, RequestFailure, RequestOutput, TokenLogprobs
+from lightllm.packed_ints import Ints
 
 FIRST_OUTPUT_LIMIT_S = 5.0
 # The engine ends a request at its deadline; only if it does not, the frontend does, this much later.
@@ -190,7 +191,7 @@ class Generation:
     """
 
     def __init__(
-        self, request_id: str, client: EngineClientLike, observer: Observer, prompts: list[list[int]]
+        self, request_id: str, client: EngineClientLike, observer: Observer, prompts: list[Ints]
     ) -> None:
         self.request_id = request_id
         self.client = client

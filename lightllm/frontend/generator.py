@@ -14,12 +14,13 @@ from lightllm.errors import ContextLengthError, RequestError
 from lightllm.frontend.detokenizer import DetokenizerFactory
 from lightllm.frontend.engine_client import EngineClientLike
 from lightllm.frontend.generation import Emit, Generation, NoObserver, Observer, SampleStream
-from lightllm.frontend.tokenizer import Tokenizer
+from lightllm.frontend.tokenizer import INLINE_CHARS, Tokenizer
 from lightllm.messages import EngineInfo, EngineRequest, RequestFailure
+from lightllm.packed_ints import Ints, bounds, pack
 from lightllm.sampling_params import SamplingParams
 
-# Above this many characters encoding leaves the event loop; below, the hop to a thread costs more.
-INLINE_CHARS = 2048
+# So many ids of a prompt are packed before others get their turn.
+SLICE_TOKENS = 4096
 
 
 class Generator:
@@ -65,8 +66,11 @@ class Generator:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(None, self.tokenizer.encode, text, add_special_tokens)
 
-    def check_prompt(self, prompt: Sequence[int], max_new_tokens: int, param: str) -> None:
-        """Check a prompt's ids and length.
+    async def check_prompt(self, prompt: Sequence[int], max_new_tokens: int, param: str) -> Ints:
+        """Check a prompt's ids and length; of a long one in slices, so that other clients' tokens go on.
+
+        Returns:
+            The ids, packed.
 
         Raises:
             RequestError: empty, or an id outside the vocabulary.
@@ -77,7 +81,11 @@ class Generator:
             raise RequestError(
                 f"{param}: got no tokens, allowed at least 1", code="out_of_range", param=param
             )
-        low, high = min(prompt), max(prompt)
+        try:
+            packed = await _packed(prompt)
+            low, high = bounds(packed)
+        except OverflowError:  # outside of any vocabulary
+            low, high = min(prompt), max(prompt)
         if low < 0 or high >= info.vocab_size:
             bad = low if low < 0 else high
             message = f"{param}: got token id {bad}, allowed 0 <= id <= {info.vocab_size - 1}"
@@ -90,10 +98,11 @@ class Generator:
                 "or raise --max_req_total_len"
             )
             raise ContextLengthError(message, param=param)
+        return packed
 
     def start(
         self,
-        prompts: list[list[int]],
+        prompts: list[Ints],
         params: SamplingParams,
         emit: Emit,
         *,
@@ -105,7 +114,7 @@ class Generator:
         """Submit `params.n` samples of each prompt; `emit` is called for every token from now on.
 
         Args:
-            prompts: checked by `check_prompt`.
+            prompts: as `check_prompt` returns them.
             params: checked by `sampling_params.validate`.
             timeout_s: of this request; the generator's own bound where None.
             add_spaces: put spaces around special tokens that are shown (native API).
@@ -203,6 +212,18 @@ class Generator:
         if not params.stop_sequences:
             return texts, params
         return texts, msgspec.structs.replace(params, stop_sequences=[], stop_token_ids=stop_ids)
+
+
+async def _packed(prompt: Sequence[int]) -> Ints:
+    """The ids as an array; the event loop turns before, between and behind slices of a long prompt."""
+    if len(prompt) <= SLICE_TOKENS:
+        return pack(prompt)
+    packed = pack()
+    for start in range(0, len(prompt), SLICE_TOKENS):
+        await asyncio.sleep(0)
+        packed.extend(pack(prompt[start : start + SLICE_TOKENS]))
+    await asyncio.sleep(0)
+    return packed
 
 
 def _no_text(token_id: int) -> str:

@@ -13,6 +13,7 @@ import msgspec
 
 from lightllm.cluster_messages import KVTotals, NodeRecord
 from lightllm.messages import EngineInfo, EngineStats, KVLayout
+from lightllm.packed_ints import Ints
 
 PREFIX_BLOCK_TOKENS = 64
 MAX_PREFIX_BLOCKS = 65536
@@ -28,7 +29,7 @@ class PrefixDigest:
     def __init__(self) -> None:
         self._blocks: OrderedDict[int, None] = OrderedDict()
 
-    def match(self, token_ids: list[int]) -> int:
+    def match(self, token_ids: Ints) -> int:
         """How many leading tokens the node has probably computed before."""
         num_tokens = 0
         for stop, digest in _blocks(token_ids):
@@ -37,7 +38,7 @@ class PrefixDigest:
             num_tokens = stop
         return num_tokens
 
-    def insert(self, token_ids: list[int]) -> None:
+    def insert(self, token_ids: Ints) -> None:
         """The node computes this prompt."""
         for _, digest in _blocks(token_ids):
             self._blocks[digest] = None
@@ -46,10 +47,10 @@ class PrefixDigest:
             self._blocks.popitem(last=False)
 
 
-def _blocks(token_ids: list[int]) -> Iterator[tuple[int, int]]:
+def _blocks(token_ids: Ints) -> Iterator[tuple[int, int]]:
     digest = 0
     for stop in range(PREFIX_BLOCK_TOKENS, len(token_ids) + 1, PREFIX_BLOCK_TOKENS):
-        digest = hash((digest, *token_ids[stop - PREFIX_BLOCK_TOKENS : stop]))
+        digest = hash((digest, token_ids[stop - PREFIX_BLOCK_TOKENS : stop].tobytes()))
         yield stop, digest
 
 
@@ -195,7 +196,7 @@ class NodeDirectory:
         del self._nodes[node.node_id]
         return True
 
-    def pick_prefill(self, token_ids: list[int], num_tokens: int, avoid: Collection[str] = ()) -> Node | None:
+    def pick_prefill(self, token_ids: Ints, num_tokens: int, avoid: Collection[str] = ()) -> Node | None:
         """The prefill node that will have computed this prompt first.
 
         That is the one with the fewest tokens to go: what waits there, and what its cache lacks of this

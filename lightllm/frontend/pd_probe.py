@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightllm.frontend.node_directory import Node
 from lightllm.messages import EngineRequest, RequestOutput
+from lightllm.packed_ints import pack
 from lightllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class PairProbes:
         prompt = [random.randrange(self._vocab_size) for _ in range(PROBE_PROMPT_TOKENS)]
         request = EngineRequest(
             request_id=f"probe_{uuid.uuid4().hex}",
-            prompt_token_ids=prompt,
+            prompt_token_ids=pack(prompt),
             sampling_params=SamplingParams(max_new_tokens=2, do_sample=False, ignore_eos=True, seed=0),
             arrival_s=time.time(),
         )

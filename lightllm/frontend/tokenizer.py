@@ -18,11 +18,15 @@ from lightllm.errors import ModelLoadError, RequestError
 from lightllm.frontend import gguf_vocab
 from lightllm.frontend.chat_template import ChatTemplate, read_chat_template
 
+# Longer texts should be encoded in a thread; below, the hop to one costs more.
+INLINE_CHARS = 2048
+
 _SPACE = "\u2581"  # how SentencePiece writes a space
 
 
 class Tokenizer:
-    """A model's tokenizer. Immutable; encode and decode are thread-safe and release the GIL while they work.
+    """A model's tokenizer. Immutable and thread-safe; texts over INLINE_CHARS are encoded without Python's
+    lock, so that other threads go on meanwhile.
 
     Args:
         backend: the tokenizer of the `tokenizers` library.
@@ -111,9 +115,13 @@ class Tokenizer:
             RequestError: the text holds lone surrogates.
         """
         try:
-            ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+            if len(text) <= INLINE_CHARS:
+                encoding = self.backend.encode(text, add_special_tokens=add_special_tokens)
+            else:  # only the calls for several texts give Python's lock away
+                (encoding,) = self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         except (TypeError, UnicodeEncodeError) as error:
             raise RequestError("the text is not valid Unicode: it holds a lone surrogate") from error
+        ids: list[int] = encoding.ids
         return ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:

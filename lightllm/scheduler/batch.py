@@ -6,6 +6,7 @@ Decides nothing; belongs to one call of Scheduler.schedule().
 
 from __future__ import annotations
 
+from array import array
 from typing import NamedTuple
 
 from lightllm.messages import NewRequest, ScheduledBatch
@@ -33,7 +34,7 @@ class BatchColumns:
         self._is_sampling: list[bool] = []
         self._slot_starts: list[int] = []
         self._slot_counts: list[int] = []
-        self._slots: list[int] = []
+        self._slots = array("i")
         self._drafts: dict[int, list[int]] = {}
 
     def add_decodes(self, requests: list[Request], slots: list[int]) -> None:
@@ -51,7 +52,7 @@ class BatchColumns:
         else:
             self._slot_starts += starts
             self._slot_counts += [1] * count
-            self._slots += slots
+            self._slots.fromlist(slots)
 
     def add_drafted(self, request: Request, drafts: list[int]) -> None:
         """Add a sampling position of a request and the drafted ones behind it, as `add_chunk` does."""

@@ -135,7 +135,7 @@ class Request:
         self.deadline_s = math.inf if message.deadline_s is None else message.deadline_s
         self.rank = (arrival_s, 0)
 
-        self.token_ids = array("i", message.prompt_token_ids)
+        self.token_ids = array("i", message.prompt_token_ids)  # a copy, which grows
         self.token_ids.extend(message.output_token_ids)
         self.num_prompt_tokens = len(message.prompt_token_ids)
         self.min_num_tokens = self.num_prompt_tokens + params.min_new_tokens
@@ -222,7 +222,7 @@ class Request:
         return NewRequest(
             request_id=self.request_id,
             row=self.row,
-            token_ids=self.token_ids.tolist(),
+            token_ids=self.token_ids[:],
             num_prompt_tokens=self.num_prompt_tokens,
             sampling_params=self.sampling_params,
             eos_token_ids=eos_token_ids,
@@ -254,7 +254,7 @@ class Request:
         """The rest of this request as a new one, whose tokens will be those that this one would have had."""
         return EngineRequest(
             request_id=self.request_id,
-            prompt_token_ids=self.token_ids[: self.num_prompt_tokens].tolist(),
+            prompt_token_ids=self.token_ids[: self.num_prompt_tokens],
             output_token_ids=self.token_ids[self.num_prompt_tokens :].tolist(),
             sampling_params=msgspec.structs.replace(self.sampling_params, seed=self.seed),
             sample_index=self.sample_index,

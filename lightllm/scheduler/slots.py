@@ -14,6 +14,7 @@ from array import array
 from collections.abc import Iterable
 
 REGION_SIZE = 64
+_FREE_REGION = bytes([REGION_SIZE])
 
 
 class SlotAllocator:
@@ -55,13 +56,18 @@ class SlotAllocator:
         while count:
             start = self._choose(start)
             region = start // REGION_SIZE
-            stop = min(start + count, (region + 1) * REGION_SIZE)
-            used = self._is_free.find(0, start, stop)
-            if used != -1:
-                stop = used
+            num_regions = self._count_free_regions(start, count // REGION_SIZE)
+            if num_regions:
+                stop = start + num_regions * REGION_SIZE
+                self._free_counts[region : region + num_regions] = bytes(num_regions)
+            else:
+                stop = min(start + count, (region + 1) * REGION_SIZE)
+                used = self._is_free.find(0, start, stop)
+                if used != -1:
+                    stop = used
+                self._free_counts[region] -= stop - start
             size = stop - start
             self._is_free[start:stop] = bytes(size)
-            self._free_counts[region] -= size
             self.num_free -= size
             slots.extend(self._ramp[start:stop])
             count -= size
@@ -123,6 +129,15 @@ class SlotAllocator:
                 f"region {region} has {true_count} free slots, its counter says {count}"
             )
         return free
+
+    def _count_free_regions(self, start: int, limit: int) -> int:
+        """How many regions from slot `start` on can be taken as a whole; not always all, but one if any."""
+        region, offset = divmod(start, REGION_SIZE)
+        if offset:
+            return 0
+        while limit and self._free_counts[region : region + limit] != _FREE_REGION * limit:
+            limit //= 2
+        return limit
 
     def _choose(self, next_slot: int) -> int:
         """Where to go on: at `next_slot` inside its region or in a free one, in a free region, anywhere."""

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from lightllm.messages import KVArrival, KVFailure, KVReserved, KVTransferOrder, StepOutput
+from lightllm.packed_ints import pack
 from lightllm.scheduler.request import Request, RequestState
 
 
@@ -46,8 +47,8 @@ class Transfers:
             KVTransferOrder(
                 request_id=request.request_id,
                 start=start,
-                slots=request.slots[start:].tolist(),
-                token_ids=request.token_ids.tolist(),
+                slots=request.slots[start:],
+                token_ids=request.token_ids[:],
                 source=request.recv_kv_from,
             )
         )
@@ -70,8 +71,8 @@ class Transfers:
             KVTransferOrder(
                 request_id=request.request_id,
                 start=start,
-                slots=request.slots[start:stop].tolist(),
-                token_ids=request.token_ids.tolist() if is_last else [],
+                slots=request.slots[start:stop],
+                token_ids=request.token_ids[:] if is_last else pack(),
                 row=request.row,
                 target=request.send_kv_to,
             )

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lightllm.device.kv_pool import KVPool
 from lightllm.messages import KVLayout
+from lightllm.packed_ints import Ints, pack
 
 
 class KVRows(ABC):
@@ -159,13 +160,13 @@ def parts(sources: Sequence[range], targets: Sequence[range]) -> list[Part]:
     return found
 
 
-def blocks(start: int, slots: list[int], tokens_per_block: int) -> Iterator[tuple[int, np.ndarray]]:
+def blocks(start: int, slots: Ints, tokens_per_block: int) -> Iterator[tuple[int, np.ndarray]]:
     """Cut tokens into blocks: the first position of each, and its slots."""
     for offset in range(0, len(slots), tokens_per_block):
         yield start + offset, np.array(slots[offset : offset + tokens_per_block], dtype=np.int64)
 
 
-def digest(layout: KVLayout, heads: range, token_ids: list[int], chunks: list[tuple[int, int]]) -> bytes:
+def digest(layout: KVLayout, heads: range, token_ids: Ints, chunks: list[tuple[int, int]]) -> bytes:
     """What both ends must agree on in the end: which tokens, of which heads, in which blocks in this order.
 
     Args:
@@ -174,5 +175,5 @@ def digest(layout: KVLayout, heads: range, token_ids: list[int], chunks: list[tu
     """
     joint = msgspec.structs.replace(layout, tp_size=0)
     return hashlib.sha256(
-        msgspec.msgpack.encode([joint, heads.start, heads.stop, token_ids, chunks])
+        msgspec.msgpack.encode([joint, heads.start, heads.stop, pack(token_ids).tobytes(), chunks])
     ).digest()

@@ -21,6 +21,7 @@ from lightllm.cluster_link import Dialer, LinkBroken, LinkRefused
 from lightllm.device.base import Moment
 from lightllm.errors import ConfigError, KVTransferError
 from lightllm.messages import KVLayout, KVTarget, KVTransferOrder
+from lightllm.packed_ints import Ints, pack
 from lightllm.transfer import frames
 from lightllm.transfer.base import Hold, Limits, fault_of
 from lightllm.transfer.channel import Channel
@@ -199,7 +200,7 @@ class Shipment:
         is_done = False
         try:
             channel, end = self._begin(ends)
-            token_ids: list[int] = []
+            token_ids = pack()
             while not token_ids:
                 token_ids = self._ship_next(channel, end)
             self._wait_until(lambda: self._first_token_id is not None, channel)
@@ -215,7 +216,7 @@ class Shipment:
             self._close(ends, is_done)
         return is_done
 
-    def _ship_next(self, channel: Channel, end: SendingEnd) -> list[int]:
+    def _ship_next(self, channel: Channel, end: SendingEnd) -> Ints:
         """Ship the next order; returns its `token_ids`, which only the last one has."""
         self._wait_until(lambda: bool(self._orders), channel)
         order, written = self._orders.popleft()
@@ -332,7 +333,7 @@ class Shipment:
             case other:
                 raise LinkBroken(f"{type(other).__name__} out of turn")
 
-    def _complete(self, channel: Channel, token_ids: list[int]) -> None:
+    def _complete(self, channel: Channel, token_ids: Ints) -> None:
         assert self._first_token_id is not None
         while self._num_unacknowledged:
             self._take_ack(channel)

@@ -189,7 +189,7 @@ def test_request_ids_priority_and_deadline_reach_the_engine() -> None:
         reply = await app.post("/generate", body)
         sent = app.engine.requests[0]
         assert sent.request_id == reply.headers["x-request-id"]
-        assert (sent.priority, sent.prompt_token_ids) == (3, [104, 105])
+        assert (sent.priority, list(sent.prompt_token_ids)) == (3, [104, 105])
         assert sent.deadline_s == pytest.approx(sent.arrival_s + 5, abs=0.5)
         reply = await app.post("/generate", body, **{"x-request-id": "mine-1"})
         assert reply.headers["x-request-id"] == "mine-1"

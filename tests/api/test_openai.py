@@ -149,7 +149,7 @@ def test_chat_shape_and_context_left() -> None:
             {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}
         ]
         sent = app.engine.requests[0]
-        assert bytes(sent.prompt_token_ids) == b"<user>hi\n<assistant>"
+        assert bytes(list(sent.prompt_token_ids)) == b"<user>hi\n<assistant>"
         assert sent.sampling_params.max_new_tokens == 256 - len(sent.prompt_token_ids)
 
     run_asgi(test)
@@ -166,13 +166,13 @@ def test_chat_history_goes_through_the_template() -> None:
         ]
         reply = await app.post(CHAT, {"messages": messages, "max_tokens": 1})
         assert reply.status_code == 200
-        text = bytes(app.engine.requests[0].prompt_token_ids)
+        text = bytes(list(app.engine.requests[0].prompt_token_ids))
         assert text == b"<system>d\n<user>a\nb\n<assistant>\n<tool>r\n<assistant>"
         kwargs = {"continue_final_message": True}
         messages = [*USER, {"role": "assistant", "content": "well"}]
         body = {"messages": messages, "chat_template_kwargs": kwargs, "max_tokens": 1}
         assert (await app.post(CHAT, body)).status_code == 200
-        assert bytes(app.engine.requests[1].prompt_token_ids) == b"<user>hi\n<assistant>well"
+        assert bytes(list(app.engine.requests[1].prompt_token_ids)) == b"<user>hi\n<assistant>well"
 
     run_asgi(test)
 

@@ -36,6 +36,7 @@ def nested(levels: int) -> bytes:
         (b'["\xff\xfe"]', "not UTF-8"),
         (b'{"a":1,"a":2}', "'a' occurs twice"),
         (b'{"x":{"b":1,"b":1}}', "'b' occurs twice"),
+        (b'[[1],[2,{"a":[{},{"b":1,"b":1}]}]]', "'b' occurs twice"),
         (b'{"a":NaN}', "not valid JSON"),
         (b"[Infinity]", "not valid JSON"),
         (b"[-Infinity]", "not valid JSON"),

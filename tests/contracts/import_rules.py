@@ -15,8 +15,8 @@ PACKAGE = "lightllm"
 
 L0 = (
     *("addresses", "cluster_link", "cluster_messages", "config", "config_keys", "env", "errors", "flag"),
-    *("logs", "messages", "model_config", "node_link", "rank_messages", "resolution", "sampling_params"),
-    "web_socket",
+    *("logs", "messages", "model_config", "node_link", "packed_ints", "rank_messages", "resolution"),
+    *("sampling_params", "web_socket"),
 )
 TOP = ("__init__", "__main__", "cli", "llm", "server")
 

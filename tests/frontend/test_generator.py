@@ -1,6 +1,7 @@
 """Generations over a fake engine: counts, stops, deadlines, failures; every sample ends exactly once."""
 
 import asyncio
+from array import array
 from collections.abc import Awaitable, Callable
 
 import pytest
@@ -166,12 +167,13 @@ def test_fail_all_ends_what_runs() -> None:
 
 def test_prompts_are_checked() -> None:
     async def test(engine, generator, seen) -> None:
-        generator.check_prompt([0, 256] * 100, 56, "inputs")
+        packed = await generator.check_prompt([0, 256] * 100, 56, "inputs")
+        assert packed == array("i", [0, 256] * 100)
         with pytest.raises(ContextLengthError, match=r"200 tokens and 57 more .* 256"):
-            generator.check_prompt([0] * 200, 57, "inputs")
+            await generator.check_prompt([0] * 200, 57, "inputs")
         for ids in ([], [-1], [257], [2**40]):
             with pytest.raises(RequestError) as caught:
-                generator.check_prompt(ids, 1, "inputs")
+                await generator.check_prompt(ids, 1, "inputs")
             assert (caught.value.code, caught.value.param) == ("out_of_range", "inputs")
         assert await generator.encode("x" * 5000) == [120] * 5000
 

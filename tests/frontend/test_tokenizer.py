@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import threading
+import time
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +17,7 @@ from hypothesis import strategies as st
 
 from lightllm.errors import ModelLoadError, RequestError
 from lightllm.frontend.gguf_vocab import byte_characters
-from lightllm.frontend.tokenizer import Tokenizer
+from lightllm.frontend.tokenizer import INLINE_CHARS, Tokenizer
 from lightllm.server.model_files import locate_model
 from lightllm.weights.gguf import GGUFReader
 
@@ -207,3 +209,22 @@ def test_slow_mode_converts_with_transformers(folder: Path) -> None:
 def test_auto_mode_without_any_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelLoadError, match=str(tmp_path)):
         Tokenizer.from_folder(tmp_path, mode="auto")
+
+
+def test_long_texts_are_encoded_alike_while_other_threads_go_on() -> None:
+    text = "".join(f"{number} strange, short words; " for number in range(20_000))
+    assert len(text) > 100 * INLINE_CHARS
+    found: list[list[int]] = []
+    thread = threading.Thread(target=lambda: found.append(SMOLLM.encode(text)))
+    thread.start()
+    num_turns = 0
+    while thread.is_alive():
+        time.sleep(0.001)
+        num_turns += 1
+    assert num_turns > 10
+    assert found == [SMOLLM.backend.encode(text).ids]
+
+
+def test_a_long_text_with_a_lone_surrogate_is_refused() -> None:
+    with pytest.raises(RequestError, match="lone surrogate"):
+        SMOLLM.encode("x" * INLINE_CHARS + "\ud800")

@@ -368,7 +368,7 @@ def test_a_preempted_request_goes_on_where_it_was_with_the_same_seed():
     entries = [new for batch in driver.batches for new in batch.new_requests if new.request_id == names[1]]
     assert len(entries) > 1
     assert {new.seed for new in entries} == {entries[0].seed}
-    assert entries[-1].token_ids[8:] == driver.token_ids(names[1])[: len(entries[-1].token_ids) - 8]
+    assert list(entries[-1].token_ids[8:]) == driver.token_ids(names[1])[: len(entries[-1].token_ids) - 8]
     assert {new.num_prompt_tokens for new in entries} == {8}
     assert driver.last(names[1]).num_cached_tokens == 0
 

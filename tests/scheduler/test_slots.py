@@ -1,6 +1,7 @@
 """SlotAllocator: every slot once, never the dummy, and long runs."""
 
 import itertools
+import random
 from array import array
 
 import pytest
@@ -125,3 +126,24 @@ def test_agrees_with_a_set(num_slots, operations):
             free.update(owner[:count])
             del owner[:count]
         assert set(allocator.free_slots()) == free
+
+
+def test_many_slots_at_once_are_those_of_region_after_region() -> None:
+    rng = random.Random(7)
+    for _ in range(50):
+        at_once, stepwise = SlotAllocator(40 * REGION_SIZE), SlotAllocator(40 * REGION_SIZE)
+        taken = at_once.alloc(at_once.num_slots)
+        stepwise.alloc(stepwise.num_slots)
+        for region in rng.sample(range(1, 39), 25):
+            freed = taken[region * REGION_SIZE - 1 : (region + 1) * REGION_SIZE - 1 - rng.choice((0, 0, 5))]
+            at_once.free(freed)
+            stepwise.free(freed)
+        count = rng.randrange(at_once.num_free + 1)
+        slots = at_once.alloc(count)
+        piecewise, last = array("i"), -1
+        while len(piecewise) < count:
+            room = REGION_SIZE - (last + 1) % REGION_SIZE
+            piecewise += stepwise.alloc(min(room, count - len(piecewise)), last)
+            last = piecewise[-1]
+        assert slots == piecewise
+        assert at_once.free_slots() == stepwise.free_slots()

@@ -34,7 +34,7 @@ def test_slots_are_reserved_beyond_the_cached_prefix_and_the_master_is_told():
     driver.step()
     assert driver.reserved == {name: 20}
     (order,) = driver.batches[-1].kv_recvs
-    assert (order.start, len(order.slots), order.token_ids) == (20, 10, [1] * 20 + [2] * 10)
+    assert (order.start, len(order.slots), list(order.token_ids)) == (20, 10, [1] * 20 + [2] * 10)
     assert driver.batches[-1].rows == []
     assert driver.scheduler.stats().kv_used_tokens == 30
     driver.abort(name)
