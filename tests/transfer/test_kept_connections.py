@@ -119,7 +119,7 @@ def test_a_late_cancel_does_not_touch_the_next_transfer():
 def test_a_peer_that_was_started_anew_is_dialled_anew():
     with ends("tcp") as (source, target, proxy), ends("tcp") as (_, again, other):
         move(source, target, proxy, 0)
-        for channel in target.link._connections:
+        for channel in list(target.link._connections):
             channel.interrupt()  # as its end does
         proxy._target = other._target
         move(source, again, proxy, 1)
