@@ -5,7 +5,7 @@
 Starts `lightllm.server.api_server` as a user would, one after the other: `2` is --tp 2; `2/2` is --tp 2 over
 two servers of one GPU each, whose sums go through sockets as they would between two machines. `lightllm
 bench` then sends, after a round to warm up: one client with 512 tokens in and 256 out, and 64 clients with
-256 in and 256 out.
+256 in and 256 out. The model's vocabulary must hold all ids of the tokenizer.
 """
 
 import argparse

@@ -149,12 +149,11 @@ class Welcome(_Frame, frozen=True):
 
     node_id: str
     epoch: int
-    detail: bytes = b""
     mac: bytes = b""
 
 
 class Refused(_Frame, frozen=True):
-    """The acceptor will have none of it."""
+    """The acceptor will have none of it: `code` for programs, the rest for the log."""
 
     code: str
     text: str
@@ -216,10 +215,10 @@ class Acceptor:
         self._hello = hello
         return hello
 
-    def welcome(self, node_id: str, epoch: int, detail: bytes = b"") -> tuple[bytes, "Seal"]:
+    def welcome(self, node_id: str, epoch: int) -> tuple[bytes, "Seal"]:
         """The last frame of a handshake that succeeds, and the seal of what follows."""
         assert self._hello is not None, "take_hello comes first"
-        welcome = Welcome(node_id=node_id, epoch=epoch, detail=detail)
+        welcome = Welcome(node_id=node_id, epoch=epoch)
         mac = _mac(self._token, b"welcome", self._nonce, self._hello.nonce, _unsigned(welcome))
         dialer, acceptor = _link_keys(self._token, self._nonce, self._hello.nonce)
         return _ENCODER.encode(msgspec.structs.replace(welcome, mac=mac)), Seal(acceptor, dialer)

@@ -34,7 +34,7 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("LIGHTLLM_HOME", "~/.lightllm", "token file and caches"),
     Variable("OMP_NUM_THREADS", "physical cores / local processes", "compute threads of each process"),
     Variable("HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE", "the library's", "hub downloads"),
-    Variable("NCCL_*, GLOO_*", "the libraries'", "passed on"),
+    Variable("NCCL_*, GLOO_*", "the libraries', but NCCL_NVLS_ENABLE=0", "passed on"),
     Variable("UCX_*, NIXL_*", "the libraries', but quieter", "passed on to --kv_transport nixl"),
     Variable("CUDA_MPS_PIPE_DIRECTORY", "the driver's", "where the CUDA MPS daemon listens"),
 )

@@ -1,8 +1,9 @@
 """SymmetricMemoryCollectives: small sums of the GPUs of one machine, through memory that all have mapped.
 
-A decode step adds a few KiB twice a layer, and the fixed cost of a call is all there is to save: torch's
-kernels over symmetric memory need half of NCCL's. From some size on NCCL is the faster one; where, is
-measured at start. Oracle: TorchCollectives over NCCL, which is also how the ranks agree. Runs in the worker.
+A decode step adds a few KiB twice a layer, and the fixed cost of a call is all there is to save. Whether
+torch's kernels over symmetric memory or NCCL's have less of it depends on the machine (between two H100s
+NCCL's have): up to which size to take them is measured at start. Oracle: TorchCollectives over NCCL, which is
+also how the ranks agree. Runs in the worker.
 """
 
 import logging
@@ -99,7 +100,7 @@ def over_symmetric_memory(others: TorchCollectives, store: Store) -> Collectives
         why_not = str(error)
     if not others.smallest(box is not None) or box is None:
         return _without(others, why_not)
-    limits = _measure(box, others, others.device)
+    limits = _measure(box, others)
     logger.info(
         "sums go through symmetric memory up to %d KiB in one shot and up to %d KiB in two, else through "
         "NCCL: the fastest of each size, measured",
@@ -146,11 +147,11 @@ def _map_box(device: torch.device) -> Tensor:
     return box
 
 
-def _measure(box: Tensor, others: Collectives, device: torch.device) -> Limits:
+def _measure(box: Tensor, others: Collectives) -> Limits:
     """Up to which sizes each way is the fastest; all ranks get the same."""
     fastest: list[int] = []
     for num_bytes in SIZES:
-        x = torch.zeros(num_bytes // 2, dtype=torch.bfloat16, device=device)
+        x = torch.zeros(num_bytes // 2, dtype=torch.bfloat16, device=box.device)
         ways: tuple[Callable[[Tensor], Any], ...] = (
             lambda x: one_shot(box, x),
             lambda x: two_shot(box, x),

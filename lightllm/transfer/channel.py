@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from lightllm.cluster_link import MAX_HANDSHAKE_BYTES, LinkBroken, Seal
+from lightllm.cluster_link import MAX_HANDSHAKE_BYTES, LinkBroken, Refused, Seal
 from lightllm.errors import KVTransferError
 from lightllm.transfer import frames
 from lightllm.transfer.frames import Frame
@@ -70,7 +70,7 @@ class Channel:
         except OSError:
             return True
 
-    def send(self, frame: Frame, limit_s: float) -> None:
+    def send(self, frame: Frame | Refused, limit_s: float) -> None:
         """Send a sealed frame."""
         assert self.seal is not None, "the handshake comes first"
         self.send_raw(self.seal.seal(frames.encode(frame)), limit_s)

@@ -2,7 +2,7 @@
 
     sender                                    receiver
     Opening                        -->
-                                   <--        Choice, or Refused
+                                   <--        Choice, or cluster_link's Refused
     Block, and its bytes by lane   -->
                                    <--        Ack            a lane's staging memory may be used again
     Alive                          -->                       while the next chunk is computed
@@ -17,6 +17,7 @@ from typing import Any
 
 import msgspec
 
+from lightllm.cluster_link import Refused
 from lightllm.messages import KVLayout
 
 PURPOSE = "kv"
@@ -48,14 +49,6 @@ class Choice(Frame, frozen=True):
     """The receiver takes the transfer, by this lane."""
 
     lane: str
-
-
-class Refused(Frame, frozen=True):
-    """The receiver does not take the transfer: `code` for programs, the rest for the log."""
-
-    code: str
-    text: str
-    diff: tuple[str, ...] = ()
 
 
 class Block(Frame, frozen=True):
@@ -113,6 +106,6 @@ def decode(data: bytes, kind: Any) -> Any:
     return msgspec.msgpack.decode(data, type=kind)
 
 
-def encode(frame: Frame) -> bytes:
+def encode(frame: Frame | Refused) -> bytes:
     """Encode a frame."""
     return msgspec.msgpack.encode(frame)

@@ -14,14 +14,14 @@ from functools import partial
 
 import msgspec
 
-from lightllm.cluster_link import Acceptor, LinkBroken, LinkRefused
+from lightllm.cluster_link import Acceptor, LinkBroken, LinkRefused, Refused
 from lightllm.device.base import Moment
 from lightllm.errors import BindError, KVTransferError
 from lightllm.messages import KVTransferOrder
 from lightllm.transfer import frames
 from lightllm.transfer.base import Endings, Hold, Ledger, Transport, fault_of
 from lightllm.transfer.channel import Channel
-from lightllm.transfer.frames import Choice, LaneOffer, Opening, Refused
+from lightllm.transfer.frames import Choice, LaneOffer, Opening
 from lightllm.transfer.lane import Cut, LaneUnavailable, ReceivingEnd
 from lightllm.transfer.peers import KEPT_S, Peers
 from lightllm.transfer.receipt import Intake, Receipt
@@ -155,12 +155,13 @@ class KVLink(Transport):
                 continue
             channel = Channel(sock)
             with self._changed:
-                is_full = len(self._connections) >= MAX_CONNECTIONS or self._is_closed
-                if not is_full:
+                is_full, is_closed = len(self._connections) >= MAX_CONNECTIONS, self._is_closed
+                if not (is_full or is_closed):
                     self._connections.add(channel)
-            if is_full:
-                logger.warning("KV link: more than %d connections; one was refused", MAX_CONNECTIONS)
+            if is_full or is_closed:
                 channel.close()
+                if is_full:
+                    logger.warning("KV link: more than %d connections; one was refused", MAX_CONNECTIONS)
             else:
                 self._start(partial(self._serve, channel, str(peer[0])), "kv-receive")
 

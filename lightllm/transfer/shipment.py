@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import msgspec
 import numpy as np
 
-from lightllm.cluster_link import Dialer, LinkBroken, LinkRefused
+from lightllm.cluster_link import Dialer, LinkBroken, LinkRefused, Refused
 from lightllm.device.base import Moment
 from lightllm.errors import ConfigError, KVTransferError
 from lightllm.messages import KVLayout, KVTarget, KVTransferOrder
@@ -34,7 +34,6 @@ from lightllm.transfer.frames import (
     Complete,
     LaneOffer,
     Opening,
-    Refused,
     Rejected,
 )
 from lightllm.transfer.lane import WINDOW, Lanes, SendingEnd
