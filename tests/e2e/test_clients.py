@@ -166,7 +166,7 @@ def test_a_frozen_frontend_answers_when_it_thaws(server: Server) -> None:
 
 def test_running_requests_share_the_engine_evenly(server: Server) -> None:
     """Eight streams and a long prompt in their midst: nobody waits for anybody else to end."""
-    num_tokens, counts = 150, [0] * 8
+    num_tokens, counts = 500, [0] * 8
     request_ids: list[str] = []
 
     def run(index: int) -> None:
@@ -192,9 +192,9 @@ def test_running_requests_share_the_engine_evenly(server: Server) -> None:
         events = dict(map(tuple, shown["nodes"][0]["events"]))
         times.append((events["first_token"], events["released"]))
     begins, ends = zip(*times, strict=True)
-    # When the first one ends, each of the others has most of its tokens: they come one a step to all. One
-    # after the other it would be 7/8 of the time between first and last; a busy machine delays some a bit.
-    assert max(ends) - min(ends) < 0.4 * (max(ends) - min(begins)), times
+    # When the first one ends, each of the others has 80 % of its tokens: they come one a step to all. There
+    # are so many of them that the tenth of a second by which a busy machine delays one does not count.
+    assert max(ends) - min(ends) < 0.2 * (max(ends) - min(begins)), times
 
 
 def test_a_deadline_in_mid_stream_is_an_error_frame(server: Server) -> None:
