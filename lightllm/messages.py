@@ -18,7 +18,7 @@ import msgspec
 from lightllm.packed_ints import Ints, from_wire, pack, to_wire
 from lightllm.sampling_params import SamplingParams
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 FINISH_REASONS = ("stop", "length", "abort", "error", "handed_over")
 """`handed_over` never reaches a client: a prefill node's request whose KV the decode node has taken."""
@@ -47,17 +47,16 @@ class Grammar(Part):
 
 
 class KVTarget(Part):
-    """To where a prefill node ships the KV of a request: the link that it dials, and what is there already.
+    """To where a prefill node ships the KV of a request: the link that it dials.
 
     The node is another one than ours; `ticket` is what both ends of one transfer were told by the master,
-    valid once. The first `num_cached_tokens` tokens need not be sent.
+    valid once.
     """
 
     node_id: str
     epoch: int
     address: str
     ticket: str
-    num_cached_tokens: int = 0
 
 
 class KVSource(Part):
@@ -211,7 +210,7 @@ class EngineOutput(Message):
 
 
 class KVReserved(Message):
-    """A request with `recv_kv_from` has its slots; KV may come, without the first `num_cached_tokens`."""
+    """A request with `recv_kv_from` has its slots, the first `num_cached_tokens` with their KV."""
 
     request_id: str
     num_cached_tokens: int
@@ -271,10 +270,11 @@ class KVTransferOrder(Part):
     """Ship, or expect, the KV of the tokens from position `start` on, which lie in `slots`, one a token.
 
     A request is shipped in several orders, one behind each step that computed a part of it, and expected in
-    one. The first order of a shipment starts at `target.num_cached_tokens`; a later one may find the shipment
-    failed, unheard of by the engine yet, and then means nothing. `token_ids` are all tokens whose KV the
-    receiver has in the end: with every receipt, and with the last order of a shipment, whose step samples the
-    first token behind them for `row`.
+    one. The first order of a shipment starts at 0; the receiver says what it has of that. A later one may
+    find the shipment failed, unheard of by the engine yet, and then means nothing. `is_computed`: earlier
+    steps have computed it, so it need not wait for the one with which it comes. `token_ids` are all tokens
+    whose KV the receiver has in the end: with every receipt, and with the last order of a shipment, whose
+    step samples the first token behind them for `row`.
     """
 
     request_id: str
@@ -282,6 +282,7 @@ class KVTransferOrder(Part):
     slots: Ints
     token_ids: Ints = msgspec.field(default_factory=pack)
     row: int = -1
+    is_computed: bool = False
     target: KVTarget | None = None
     source: KVSource | None = None
 
@@ -300,7 +301,7 @@ class ScheduledBatch(Message):
     drafts              index of a request -> guesses of the tokens behind the first that is computed; each
                         position samples, and the step brings tokens up to the first that is not as guessed
     grammar_masks       row -> packed bit mask over the vocabulary, little endian
-    kv_sends            KV that may leave once this step is computed
+    kv_sends            KV that may leave once this step is computed, or at once
     kv_recvs            KV that may arrive once all earlier steps are computed
     kv_cancels          requests whose transfer is not wanted any more
     is_restart          a step has failed, and behind it those that followed: from here on things go on

@@ -34,13 +34,14 @@ class Limits(NamedTuple):
         handshake_s: for the whole of dialling and greeting.
         silence_s: for the next word of a peer that owes one; one that is silent for longer has failed.
         alive_s: a sender with nothing to send says so this often.
-        ticket_s: a peer that dials may be so much earlier than the order to expect it.
+        ticket_s: a peer that dials may be so much earlier than the order to expect it; longer than a request
+            waits for slots, so that the one who says that there are none is its engine.
     """
 
     handshake_s: float = 5.0
     silence_s: float = 10.0
     alive_s: float = 1.0
-    ticket_s: float = 5.0
+    ticket_s: float = 8.0
 
 
 def fault_of(error: Exception) -> str:
@@ -231,7 +232,7 @@ class NullTransport(Transport):
         Hold(order.request_id, self._ledger, "received").fail(self.REASON, "no_link")
 
     def send(self, order: KVTransferOrder, written: Moment) -> None:
-        if order.target is not None and order.start == order.target.num_cached_tokens:
+        if order.start == 0:
             Hold(order.request_id, self._ledger, "sent").fail(self.REASON, "no_link")
 
     def complete(self, request_id: str, first_token_id: int) -> None:

@@ -13,7 +13,7 @@ Behind Accepted the next transfer may begin on the same connection; behind Refus
 Frozen structs with a schema; anything else ends the transfer.
 """
 
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -35,20 +35,20 @@ class LaneOffer(Frame, frozen=True):
 
 
 class Opening(Frame, frozen=True):
-    """What this rank of the sender wants to ship, to whom, and how; `start` is the first position of it."""
+    """What this rank of the sender wants to ship, to whom, and how."""
 
     ticket: str
     target_epoch: int
-    start: int
     rank: int
     layout: KVLayout
     lanes: list[LaneOffer]
 
 
 class Choice(Frame, frozen=True):
-    """The receiver takes the transfer, by this lane."""
+    """The receiver takes the transfer, by this lane, from position `start` on; it has what is before that."""
 
     lane: str
+    start: Annotated[int, msgspec.Meta(ge=0)]
 
 
 class Block(Frame, frozen=True):

@@ -80,8 +80,7 @@ class KVLink(Transport):
 
     def send(self, order: KVTransferOrder, written: Moment) -> None:
         sending = self._sending(order.request_id)
-        assert order.target is not None, "an order to send names its target"
-        if order.start == order.target.num_cached_tokens:
+        if order.start == 0:
             hold = Hold(order.request_id, self._ledger, "sent")
             sending = Sending(self._node, self._peers, order, hold)
             with self._changed:
@@ -212,7 +211,7 @@ class KVLink(Transport):
         try:
             lane, end, cut = self._choose_lane(opening.lanes, intake)
             receipt.hold.lane = lane
-            channel.send(Choice(lane=lane), self._node.limits.handshake_s)
+            channel.send(Choice(lane=lane, start=receipt.start), self._node.limits.handshake_s)
             intake.run(channel, end, cut)
             receipt.release(channel)
             is_done = True
@@ -251,8 +250,6 @@ class KVLink(Transport):
             raise LinkRefused("bad_ticket", "the ticket was used, or the transfer was given up")
         differences = node.layout.differences(opening.layout)
         diff = tuple(f"{name}: here {own!r}, there {other!r}" for name, own, other in differences)
-        if opening.start != receipt.start:
-            diff = (*diff, f"first position: here {receipt.start}, there {opening.start}")
         if diff:
             text = f"the KV of the two nodes does not fit: {'; '.join(diff)}"
             receipt.hold.fail(text, "bad_layout")

@@ -97,6 +97,7 @@ class Intake:
         self.rows = receipt.node.rows.part(heads)
         self._chunks: list[tuple[int, int]] = []
         self._num_there = 0
+        self._digest = b""
 
     def run(self, channel: Channel, end: ReceivingEnd, cut: Cut) -> None:
         """Take blocks until the sender has completed; ends the hold, or its part of it.
@@ -140,6 +141,8 @@ class Intake:
         self._num_there = stop
         receipt.hold.moved(size)
         channel.send(Ack(), receipt.node.limits.silence_s)
+        if stop == len(receipt.slots):  # while the sender prepares its last word
+            self._digest = digest(receipt.node.layout, self.rows.heads, receipt.token_ids, self._chunks)
 
     def _accept(self, channel: Channel, complete: Complete) -> None:
         receipt = self.receipt
@@ -148,7 +151,7 @@ class Intake:
             "source_epoch": receipt.source.epoch,
             "target_epoch": receipt.node.epoch,
             "num_tokens": len(receipt.token_ids),
-            "digest": digest(receipt.node.layout, self.rows.heads, receipt.token_ids, self._chunks),
+            "digest": self._digest,
         }
         wrong = [name for name, value in ours.items() if getattr(complete, name) != value]
         if self._num_there != len(receipt.slots):

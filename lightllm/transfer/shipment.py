@@ -156,7 +156,7 @@ class Shipment:
         self._address = address
         self._rows = node.rows.part(heads)
         self._target: KVTarget = first.target
-        self._start = first.start
+        self._start = 0
         self._orders: deque[tuple[KVTransferOrder, Moment]] = deque()
         self._first_token_id: int | None = None
         self._news = os.eventfd(0, os.EFD_CLOEXEC)
@@ -202,8 +202,9 @@ class Shipment:
             token_ids = pack()
             while not token_ids:
                 token_ids = self._ship_next(channel, end)
+            agreed = digest(self._node.layout, self._rows.heads, token_ids, self._chunks)
             self._wait_until(lambda: self._first_token_id is not None, channel)
-            self._complete(channel, token_ids)
+            self._complete(channel, len(token_ids), agreed)
             self.hold.end_part(self.hold.request_id)
             is_done = True
         except (KVTransferError, LinkBroken, LinkRefused, msgspec.DecodeError, OSError) as error:
@@ -216,11 +217,14 @@ class Shipment:
         return is_done
 
     def _ship_next(self, channel: Channel, end: SendingEnd) -> Ints:
-        """Ship the next order; returns its `token_ids`, which only the last one has."""
+        """Ship what the receiver lacks of the next order; its `token_ids`, which only the last one has."""
         self._wait_until(lambda: bool(self._orders), channel)
         order, written = self._orders.popleft()
+        num_there = max(0, self._start - order.start)
         written.wait()
-        for start, slots in blocks(order.start, order.slots, end.cut.tokens_per_block):
+        for start, slots in blocks(
+            order.start + num_there, order.slots[num_there:], end.cut.tokens_per_block
+        ):
             self._ship(channel, end, start, slots)
         return order.token_ids
 
@@ -282,7 +286,6 @@ class Shipment:
         return Opening(
             ticket=self._target.ticket,
             target_epoch=self._target.epoch,
-            start=self._start,
             rank=node.rank,
             layout=node.layout,
             lanes=[LaneOffer(name=name, fields=end.offer()) for name, end in ends.items()],
@@ -294,8 +297,8 @@ class Shipment:
         channel.send(opening, limits.handshake_s)
         # The receiver may wait for its own order first.
         match channel.receive(frames.FirstFromReceiver, limits.handshake_s + limits.ticket_s):
-            case Choice(lane=lane) if lane in ends:
-                self.hold.lane = lane
+            case Choice(lane=lane, start=start) if lane in ends:
+                self.hold.lane, self._start = lane, start
                 return ends[lane]
             case Refused(code=code, text=text, diff=diff):
                 raise LinkRefused(code, text, diff=diff)
@@ -332,7 +335,7 @@ class Shipment:
             case other:
                 raise LinkBroken(f"{type(other).__name__} out of turn")
 
-    def _complete(self, channel: Channel, token_ids: Ints) -> None:
+    def _complete(self, channel: Channel, num_tokens: int, agreed: bytes) -> None:
         assert self._first_token_id is not None
         while self._num_unacknowledged:
             self._take_ack(channel)
@@ -340,9 +343,9 @@ class Shipment:
             ticket=self._target.ticket,
             source_epoch=self._node.epoch,
             target_epoch=self._target.epoch,
-            num_tokens=len(token_ids),
+            num_tokens=num_tokens,
             first_token_id=self._first_token_id,
-            digest=digest(self._node.layout, self._rows.heads, token_ids, self._chunks),
+            digest=agreed,
         )
         channel.send(complete, self._silence_s)
         match channel.receive(frames.FromReceiver, self._silence_s):
