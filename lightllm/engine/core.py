@@ -37,7 +37,9 @@ logger = logging.getLogger(__name__)
 
 IDLE_WAIT_S = 1.0
 TRANSFER_WAIT_S = 0.002
-"""With nothing to compute but KV on its way, the transport is asked so often how far it is."""
+"""With nothing to compute but KV on its way, ranks in other processes are asked so often how far it is."""
+WATCHED_WAIT_S = 0.1
+"""The same where the end of a transfer wakes the loop."""
 
 
 class Link(Protocol):
@@ -49,6 +51,10 @@ class Link(Protocol):
 
     def send(self, message: FromEngine) -> None:
         """Hand one message over; never blocks on a slow or absent reader."""
+        ...
+
+    def wake(self) -> None:
+        """End a `receive` that waits, or else the next one that would; any thread may call this."""
         ...
 
 
@@ -81,6 +87,7 @@ class Engine:
         self.on_stats = on_stats
         self.clock = clock
         self.max_pending = 1 if enable_overlap else 0
+        self.transfer_wait_s = WATCHED_WAIT_S if executor.watch(link.wake) else TRANSFER_WAIT_S
         self.recovery = Recovery(executor, clock)
         self.pending: deque[Pending] = deque()
         self.steps_total = 0
@@ -159,7 +166,7 @@ class Engine:
             return 0.0
         if not self.scheduler.has_work:
             return IDLE_WAIT_S
-        return TRANSFER_WAIT_S if self.scheduler.is_only_transferring else 0.0
+        return self.transfer_wait_s if self.scheduler.is_only_transferring else 0.0
 
     def _take_result(self) -> list[RequestOutput]:
         try:

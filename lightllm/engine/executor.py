@@ -35,6 +35,14 @@ class Executor(ABC):
     def info(self) -> EngineInfo:
         """Device, dtype and capacity of the loaded model."""
 
+    def watch(self, on_news: Callable[[], None]) -> bool:
+        """Have that called, in any thread, when a KV transfer has ended of which the next batch will tell.
+
+        Returns:
+            Whether it will be; if not, one has to ask now and then.
+        """
+        return False
+
     def check(self) -> None:
         """Raise WorkerDied if a worker is gone. Cheap: called in every turn of the loop."""
         return
@@ -70,6 +78,10 @@ class InProcessExecutor(Executor):
 
     def submit(self, batch: ScheduledBatch) -> Pending:
         return LaunchedLater(self._thread.submit(self._worker.launch, batch))
+
+    def watch(self, on_news: Callable[[], None]) -> bool:
+        self._worker.watch(on_news)
+        return True
 
     def info(self) -> EngineInfo:
         return self._worker.info()

@@ -45,7 +45,7 @@ NO_NODES_RETRY_S = 5
 # Ends of a leg that another request would meet at this node, too.
 NODE_FAULTS = frozenset(("engine_down", "draining", "loading", "queue_full"))
 # All that say something about the node or the transfer, not about the request.
-ELSEWHERE = NODE_FAULTS | {"node_lost", "kv_transfer_failed", "lease_expired", "kv_full"}
+ELSEWHERE = frozenset((*NODE_FAULTS, "node_lost", "kv_transfer_failed", "lease_expired", "kv_full"))
 
 
 class PDRouter:
@@ -258,9 +258,9 @@ class PDRouter:
         leg = self._legs.new(routed, decode, "d")
         routed.decode = leg
         routed.book(prefill)
-        self._send(leg, routed.for_decode(leg.leg_id, prefill))
         if decode.free_tokens >= 0:
             self._prefill(routed, prefill, decode)
+        self._send(leg, routed.for_decode(leg.leg_id, prefill))
 
     def _prefill(self, routed: RoutedRequest, prefill: Node, decode: Node) -> None:
         leg = routed.prefill = self._legs.new(routed, prefill, "p")

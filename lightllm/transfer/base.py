@@ -13,7 +13,7 @@ import logging
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -70,9 +70,14 @@ class Endings(NamedTuple):
 
 
 class Ledger:
-    """Endings on their way from the transport's threads to the worker's."""
+    """Endings on their way from the transport's threads to the worker's.
+
+    Attributes:
+        on_news: called, in any thread, when there is one.
+    """
 
     def __init__(self) -> None:
+        self.on_news: Callable[[], None] = lambda: None
         self._lock = threading.Lock()
         self._endings = Endings([], [], [], [])
 
@@ -87,6 +92,7 @@ class Ledger:
                     self._endings.failed.append(ending)
                 case _:
                     self._endings.sent.append(ending)
+        self.on_news()
 
     def take(self) -> Endings:
         """All since the last call."""
@@ -192,6 +198,13 @@ class Transport(ABC):
 
     address = ""
 
+    def __init__(self) -> None:
+        self._ledger = Ledger()
+
+    def watch(self, on_news: Callable[[], None]) -> None:
+        """Have that called, in any thread, when `poll` has something to tell."""
+        self._ledger.on_news = on_news
+
     @abstractmethod
     def receive(self, order: KVTransferOrder, free: Moment) -> None:
         """Expect the KV of a request; its slots may be written behind the moment `free`."""
@@ -211,9 +224,9 @@ class Transport(ABC):
         When this returns its slots are not touched any more, and its ending waits for the next poll.
         """
 
-    @abstractmethod
     def poll(self) -> Endings:
-        """What has ended since the last call; never waits."""
+        """What has ended since the last call; never waits. Any thread may ask."""
+        return self._ledger.take()
 
     @abstractmethod
     def close(self) -> None:
@@ -224,9 +237,6 @@ class NullTransport(Transport):
     """A node without a KV link: whatever is asked of it fails, and says so."""
 
     REASON = "this node has no KV link; start it with --run_mode prefill or decode"
-
-    def __init__(self) -> None:
-        self._ledger = Ledger()
 
     def receive(self, order: KVTransferOrder, free: Moment) -> None:
         Hold(order.request_id, self._ledger, "received").fail(self.REASON, "no_link")
@@ -240,9 +250,6 @@ class NullTransport(Transport):
 
     def cancel(self, request_id: str) -> None:
         return
-
-    def poll(self) -> Endings:
-        return self._ledger.take()
 
     def close(self) -> None:
         return

@@ -67,6 +67,9 @@ class RecordingLink:
     def send(self, message):
         self.sent.append(message)
 
+    def wake(self):
+        raise AssertionError("nobody has asked for it")
+
 
 def make_engine(**fields):
     """An engine, and what it computes and says by."""
