@@ -307,6 +307,7 @@ class ScheduledBatch(Message):
     is_restart          a step has failed, and behind it those that followed: from here on things go on
 
     A batch without rows computes nothing: it carries orders and fetches what the transport has to tell.
+    One that does nothing else `is_question`.
     """
 
     step_id: int
@@ -325,6 +326,12 @@ class ScheduledBatch(Message):
     kv_recvs: list[KVTransferOrder] = []
     kv_cancels: list[str] = []
     is_restart: bool = False
+
+    @property
+    def is_question(self) -> bool:
+        """Whether nothing is to be done but to tell of transfers."""
+        rows = self.rows or self.new_requests or self.freed_rows
+        return not (rows or self.kv_sends or self.kv_recvs or self.kv_cancels or self.is_restart)
 
 
 class KVArrival(Part):

@@ -8,7 +8,7 @@ which is what lets the scheduler reuse slots and rows without waiting.
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from lightllm.messages import EngineInfo, ScheduledBatch, StepOutput
 
@@ -63,6 +63,16 @@ class LaunchedLater:
         return self._launch.result().result()
 
 
+class AnsweredAtOnce(NamedTuple):
+    """A batch whose result was there when it was submitted."""
+
+    output: StepOutput
+
+    def result(self) -> StepOutput:
+        """See Pending."""
+        return self.output
+
+
 class InProcessExecutor(Executor):
     """One rank, in a thread of the engine process.
 
@@ -77,6 +87,8 @@ class InProcessExecutor(Executor):
         self._worker = self._thread.submit(load).result()
 
     def submit(self, batch: ScheduledBatch) -> Pending:
+        if batch.is_question:  # which any thread may ask, and answer at once
+            return AnsweredAtOnce(self._worker.launch(batch).result())
         return LaunchedLater(self._thread.submit(self._worker.launch, batch))
 
     def watch(self, on_news: Callable[[], None]) -> bool:

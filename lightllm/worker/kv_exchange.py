@@ -45,7 +45,12 @@ class ExchangingRunner(Runner):
         self._has_failed = False
 
     def launch(self, batch: ScheduledBatch) -> LaunchedStep:
-        """Launch one step between the orders that it must come behind and those that come behind it."""
+        """Launch one step between the orders that it must come behind and those that come behind it.
+
+        A batch that only asks touches nothing but the transport: any thread may launch it.
+        """
+        if batch.is_question:
+            return LaunchedStep(partial(self._told, StepOutput(step_id=batch.step_id, token_ids=[])))
         if self._has_failed and not batch.is_restart:
             raise RuntimeError("a step before this one has failed")
         self._has_failed = True
@@ -78,6 +83,10 @@ class ExchangingRunner(Runner):
             if order.token_ids:
                 (first_token_id,) = output.token_ids[batch.rows.index(order.row)]
                 self.transport.complete(order.request_id, first_token_id)
+        return self._told(output)
+
+    def _told(self, output: StepOutput) -> StepOutput:
+        """That result, with what the transport has to tell."""
         endings = self.transport.poll()
         if not any(endings):
             return output

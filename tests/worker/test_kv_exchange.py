@@ -147,6 +147,17 @@ def test_endings_come_with_the_first_result_that_is_taken_behind_them(exchanging
     assert (output.kv_received, output.kv_sent, output.kv_failed) == ([arrival], ["s"], [])
 
 
+def test_a_question_is_answered_without_a_step(exchanging):
+    exchanging.transport.endings = Endings([], ["s"], [], [])
+    question = ScheduledBatch(step_id=7)
+    output = exchanging.launch(question).result()
+    assert (output.step_id, output.kv_sent) == (7, ["s"])
+    assert exchanging.transport.events == ["start"]
+    orders = {"freed_rows": [1], "kv_recvs": [RECEIVE], "kv_cancels": ["c"], "is_restart": True}
+    for name, value in orders.items():
+        assert not msgspec.structs.replace(question, **{name: value}).is_question
+
+
 def test_endings_are_not_lost_with_the_result_of_a_step_that_failed(exchanging):
     failing = exchanging.launch(batch(0))
     exchanging.transport.endings = Endings([], ["s"], [], [])
