@@ -124,7 +124,7 @@ class Hold:
         self._ledger = ledger
         self._lock = threading.Lock()
         self._is_over = False
-        self._num_done = 0
+        self._idle_s: list[float] = []  # of the parts that have come through
 
     @property
     def is_over(self) -> bool:
@@ -148,8 +148,11 @@ class Hold:
         with self._lock:
             self.num_bytes += num_bytes
 
-    def end_part(self, ending: KVArrival | str) -> None:
+    def end_part(self, ending: KVArrival | str, idle_s: float) -> None:
         """One part has come through; the last one ends the transfer.
+
+        Args:
+            idle_s: for so long it waited for the sender's engine with nothing on its way.
 
         Raises:
             KVTransferError: it has been given up.
@@ -157,8 +160,8 @@ class Hold:
         with self._lock:
             if self._is_over:
                 raise KVTransferError(f"the transfer of {self.request_id} was given up here")
-            self._num_done += 1
-            is_last = self._num_done == self.num_parts
+            self._idle_s.append(idle_s)
+            is_last = len(self._idle_s) == self.num_parts
         if is_last and not self.end(ending):
             raise KVTransferError(f"the transfer of {self.request_id} was given up here")
 
@@ -174,7 +177,7 @@ class Hold:
             transport=self.lane or "none",
             fault=fault,
             num_bytes=self.num_bytes,
-            duration_s=time.monotonic() - self.began_s,
+            duration_s=time.monotonic() - self.began_s - min(self._idle_s, default=0.0),
         )
         if self.lane:
             self._log(transfer)

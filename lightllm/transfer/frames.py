@@ -22,6 +22,8 @@ from lightllm.messages import KVLayout
 
 PURPOSE = "kv"
 
+Seconds = Annotated[float, msgspec.Meta(ge=0)]
+
 
 class Frame(msgspec.Struct, frozen=True, tag=True, kw_only=True, forbid_unknown_fields=True):
     """Base of all."""
@@ -54,12 +56,13 @@ class Choice(Frame, frozen=True):
 class Block(Frame, frozen=True):
     """`count` tokens from position `start` on are ready; `index` counts the blocks of a transfer.
 
-    `fields` are the lane's own.
+    `fields` are the lane's own. Before this one the sender has waited `waited_s` for its engine.
     """
 
     index: int
     start: int
     count: int
+    waited_s: Seconds = 0.0
     fields: bytes = b""
 
 
@@ -72,7 +75,7 @@ class Alive(Frame, frozen=True):
 
 
 class Complete(Frame, frozen=True):
-    """All is sent: `num_tokens` in all with those that were there; see plan.digest."""
+    """All is sent: `num_tokens` in all with those that were there; see plan.digest. `waited_s`: as above."""
 
     ticket: str
     source_epoch: int
@@ -80,6 +83,7 @@ class Complete(Frame, frozen=True):
     num_tokens: int
     first_token_id: int
     digest: bytes
+    waited_s: Seconds = 0.0
 
 
 class Accepted(Frame, frozen=True):

@@ -81,7 +81,7 @@ class PoolOffer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 class P2PLane(Lane):
     """See the module. Blocks are large, since all that one costs is a frame and a kernel."""
 
-    BLOCK_BYTES = 256 * 1024 * 1024
+    BLOCK_BYTES = 512 * 1024 * 1024
 
     def __init__(self, rows: KVRows, block_bytes: int | None = None) -> None:
         if rows.device.type != "cuda":
