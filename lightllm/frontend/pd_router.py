@@ -264,8 +264,8 @@ class PDRouter:
 
     def _prefill(self, routed: RoutedRequest, prefill: Node, decode: Node) -> None:
         leg = routed.prefill = self._legs.new(routed, prefill, "p")
-        prefill.prefixes.insert(routed.request.prompt_token_ids)
         self._send(leg, routed.for_prefill(leg.leg_id, decode))
+        prefill.prefixes.insert(routed.request.prompt_token_ids)
 
     def on_reserved(self, node: Node, message: KVReserved) -> None:
         """The decode node has slots: the prompt is computed now, or its first token may be passed on."""
