@@ -105,7 +105,8 @@ class Engine:
         num_steps = self.steps_total
         if len(self.pending) > (self.max_pending if batch is not None and batch.rows else 0):
             outputs += self._take_result()
-        if outputs or self.steps_total > num_steps or self._ended_transfers:
+        # What has ended waits for the next message where there is one to come: a step is more urgent.
+        if outputs or self.steps_total > num_steps or (self._ended_transfers and self._wait_s()):
             stats = self.scheduler.stats()
             ended, self._ended_transfers = self._ended_transfers, []
             self.link.send(EngineOutput(outputs=outputs, stats=stats, kv_transfers=ended))

@@ -23,14 +23,15 @@ class Leg:
     Attributes:
         kind: p = computes the prompt and ships its KV, d = receives that and decodes, s = all by itself.
         num_tokens: what was promised of the node's KV.
+        num_cached_tokens: of a prompt that it receives, so many were there.
         has_output: a token has come from it.
         sink: the request's, once its tokens go straight there and nothing else hangs on them; None before.
         tokens: the request's.
     """
 
     __slots__ = (
-        *("events", "has_output", "kind", "leg_id", "node", "num_tokens"),
-        *("routed", "sink", "state", "tokens"),
+        *("events", "has_output", "kind", "leg_id", "node", "num_cached_tokens"),
+        *("num_tokens", "routed", "sink", "state", "tokens"),
     )
 
     def __init__(self, leg_id: str, routed: "RoutedRequest", node: Node, kind: str, num_tokens: int) -> None:
@@ -39,6 +40,7 @@ class Leg:
         self.node = node
         self.kind = kind
         self.num_tokens = num_tokens
+        self.num_cached_tokens = 0
         self.has_output = False
         self.sink: OutputSink | None = None
         self.tokens = routed.tokens
@@ -54,13 +56,14 @@ class Leg:
 
     def describe(self) -> dict[str, Any]:
         """The published form."""
-        return {
+        found = {
             "node": self.node.node_id,
             "role": self.node.record.role,
             "leg": self.leg_id,
             "state": self.state,
             "events": self.events,
         }
+        return found if self.kind != "d" else {**found, "cached_tokens": self.num_cached_tokens}
 
 
 class RoutedRequest:

@@ -275,7 +275,8 @@ class PDRouter:
         routed, prefill = leg.routed, leg.routed.chosen_prefill
         if routed.decode is not leg or routed.is_reserved or prefill is None:
             return
-        leg.note(f"reserved, {message.num_cached_tokens} tokens cached")
+        leg.note("reserved")
+        leg.num_cached_tokens = message.num_cached_tokens
         routed.wait_until_s, routed.is_reserved = 0.0, True
         if routed.prefill is not None:
             early, routed.early = routed.early, []

@@ -179,9 +179,9 @@ class Hold:
             num_bytes=self.num_bytes,
             duration_s=time.monotonic() - self.began_s - min(self._idle_s, default=0.0),
         )
+        self._ledger.note(ending, transfer)
         if self.lane:
             self._log(transfer)
-        self._ledger.note(ending, transfer)
         return True
 
     def _log(self, transfer: KVTransfer) -> None:
