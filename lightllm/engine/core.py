@@ -92,12 +92,14 @@ class Engine:
         self.pending: deque[Pending] = deque()
         self.steps_total = 0
         self._ended_transfers: list[KVTransfer] = []
+        self._is_room_new = False
 
     def step(self) -> None:
         """Run one turn of the loop; waits for messages only when there is nothing to compute."""
         outputs = self._take_messages()
         outputs += self.scheduler.expire(self.clock())
         batch = self.scheduler.schedule(self.clock())
+        self._is_room_new = False
         if batch is not None:
             self.pending.append(self.executor.submit(batch))
         for reserved in self.scheduler.take_reservations():
@@ -163,7 +165,7 @@ class Engine:
 
     def _wait_s(self) -> float:
         """How long the next turn may wait for a message."""
-        if self.pending:
+        if self.pending or self._is_room_new:
             return 0.0
         if not self.scheduler.has_work:
             return IDLE_WAIT_S
@@ -176,6 +178,7 @@ class Engine:
             return self._recover(failure)
         self.steps_total += bool(result.token_ids)  # a batch without rows is no step
         self._ended_transfers += result.kv_transfers
+        self._is_room_new = bool(result.kv_transfers)  # for those that wait for slots
         return self.scheduler.update(result)
 
     def _recover(self, failure: StepFailed) -> list[RequestOutput]:
