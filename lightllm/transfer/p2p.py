@@ -78,9 +78,9 @@ class PoolOffer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class P2PLane(Lane):
-    """See the module. Blocks are large, since all that one costs is a frame and a kernel."""
+    """See the module. What an order brings is one block, since each costs a frame, a kernel and a wait."""
 
-    BLOCK_BYTES = 256 * 1024 * 1024
+    BLOCK_BYTES = 64 * 1024**3
 
     def __init__(self, rows: KVRows, block_bytes: int | None = None) -> None:
         if rows.device.type != "cuda":
