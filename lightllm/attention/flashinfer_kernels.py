@@ -56,7 +56,7 @@ def _mismatch(head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) ->
 
 
 def _load(config: ModelConfig, dtype: torch.dtype, may_compile: bool) -> str | None:
-    from flashinfer.jit import build_jit_specs, gen_batch_prefill_module
+    from flashinfer.jit import gen_batch_prefill_module
     from flashinfer.prefill import get_batch_prefill_module
 
     variants = _variants(config, dtype)
@@ -67,12 +67,14 @@ def _load(config: ModelConfig, dtype: torch.dtype, may_compile: bool) -> str | N
             "flashinfer: its kernels for this model are not compiled; start once with --attention_backend "
             "flashinfer, which takes minutes"
         )
+    folder = specs[0].build_dir.parent
     if missing:
-        folder = missing[0].build_dir.parent
         logger.info("compiling FlashInfer's kernels, once for this model; takes minutes; into %s", folder)
-        build_jit_specs(missing)
+    else:
+        # It has ninja look at each library, which makes those anew whose compiler or headers have changed.
+        logger.info("loading FlashInfer's kernels from %s; any older than the toolkit are compiled", folder)
     for variant in variants:
-        get_batch_prefill_module(KERNELS, *variant)  # loads the library; FlashInfer keeps it for its plans
+        get_batch_prefill_module(KERNELS, *variant)  # FlashInfer keeps the library for its plans
     return None
 
 
