@@ -8,7 +8,6 @@ process (engine thread and worker thread together), whose waits sleep.
 """
 
 import argparse
-import gc
 import json
 import random
 import time
@@ -23,9 +22,11 @@ from lightllm.engine.core import Engine
 from lightllm.engine.executor import InProcessExecutor
 from lightllm.env import read_environment
 from lightllm.messages import EngineRequest
+from lightllm.packed_ints import pack
 from lightllm.resolution import resolve
 from lightllm.sampling_params import SamplingParams
 from lightllm.scheduler.scheduler import Scheduler
+from lightllm.server.child import settle_memory
 from lightllm.server.engine_main import scheduler_config
 from lightllm.server.machine import probe
 from lightllm.server.model_files import describe_model, open_weights
@@ -72,7 +73,7 @@ def fill(engine: Engine, link: ListLink, vocab_size: int, batch: int, length: in
         link.inbox.append(
             EngineRequest(
                 request_id=f"{batch}-{i}-{time.time()}",
-                prompt_token_ids=[draw.randrange(100, vocab_size) for _ in range(length)],
+                prompt_token_ids=pack(draw.randrange(100, vocab_size) for _ in range(length)),
                 sampling_params=params,
             )
         )
@@ -138,8 +139,7 @@ def main() -> None:
     args, flags = parser.parse_known_args()
     engine, link, vocab_size = make_engine(flags)
     result = {**describe_run(), "device": torch.cuda.get_device_name(), "cases": {}}
-    gc.collect()
-    gc.freeze()  # as the engine process does
+    settle_memory()  # as the engine process does
     random_params = {"do_sample": True, "temperature": 0.8, "top_p": 0.9}
     cases = [("1 x 512", 1, 512, {}), ("64 x 512", 64, 512, {}), ("256 x 256", 256, 256, {})]
     cases += [("256 x 256, top_p", 256, 256, random_params), ("1 x 512, top_p", 1, 512, random_params)]

@@ -1,9 +1,14 @@
 """Kernels of the GPU side at real shapes: time, and what share of the card's measured ceilings that is.
 
     python benchmarks/kernels_cuda.py [--only prefill,suffix] [--out benchmarks/results/kernels_h100.json]
+    python benchmarks/kernels_cuda.py --only prefill,chunk,suffix,mixed --backend triton,flashinfer
 
 `--only`: attention whose name starts with one of these, copies of KV by `kv`, or from a second GPU by `peer`,
 and nothing else.
+
+`--backend flashinfer`: every sequence of `--long_query_len` new tokens or more by its kernels, which are
+compiled first, where they are not; cases without such sequences are left out, they are Triton's. `plan_us` is
+the time of the host for a step's plan and that of its first layer, beside the kernels of the device.
 
 Ceilings are measured in the same run: a large copy and read, a large matrix product. Times are medians over
 repeats that rotate over several input sets where these fit into the cache.
@@ -11,6 +16,7 @@ repeats that rotate over several input sets where these fit into the cache.
 
 import argparse
 import json
+import time
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +26,9 @@ import torch
 import triton
 from machine import describe_run
 
-from lightllm.attention.base import AttentionLayer
+from lightllm.attention.base import AttentionBackend, AttentionLayer
+from lightllm.attention.flashinfer_kernels import load_kernels
+from lightllm.attention.flashinfer_prefill import LONG_QUERY_LEN, FlashInferAttention
 from lightllm.attention.triton_gqa import TritonAttention
 from lightllm.device.forward_batch import DeviceIndex, ForwardBatch
 from lightllm.device.kv_pool import KVPool
@@ -42,6 +50,17 @@ ATTENTION = {
     "prefill 8 x 1024, 32 heads": ((32, 32, 128), [(8, 1024, 1024)]),
     "prefill 2 x 4096, 32 heads": ((32, 32, 128), [(2, 4096, 4096)]),
     "prefill 2 x 4096, 64/8 heads": ((64, 8, 128), [(2, 4096, 4096)]),
+    "prefill 64 x 128, 32 heads": ((32, 32, 128), [(64, 128, 128)]),
+    "prefill 32 x 256, 32 heads": ((32, 32, 128), [(32, 256, 256)]),
+    "prefill 16 x 512, 32 heads": ((32, 32, 128), [(16, 512, 512)]),
+    "prefill 32 x 256, 28/4 heads": ((28, 4, 128), [(32, 256, 256)]),
+    "prefill 16 x 512, 28/4 heads": ((28, 4, 128), [(16, 512, 512)]),
+    "prefill 1 x 1024, 28/4 heads": ((28, 4, 128), [(1, 1024, 1024)]),
+    "prefill 1 x 8192, 28/4 heads": ((28, 4, 128), [(1, 8192, 8192)]),
+    "chunk 1 x 256 behind 3840, 28/4 heads": ((28, 4, 128), [(1, 4096, 256)]),
+    "chunk 1 x 512 behind 3584, 28/4 heads": ((28, 4, 128), [(1, 4096, 512)]),
+    "chunk 1 x 2048 behind 14336, 28/4 heads": ((28, 4, 128), [(1, 16384, 2048)]),
+    "chunk 1 x 512 behind 3584, 32 heads": ((32, 32, 128), [(1, 4096, 512)]),
     "mixed 64 x 1100 + 1024, 32 heads": ((32, 32, 128), [(64, 1100, 1), (1, 1024, 1024)]),
     "suffix 64 x 128 behind 1920, 32 heads": ((32, 32, 128), [(64, 2048, 128)]),
 }
@@ -50,6 +69,17 @@ ATTENTION = {
 def measure(function) -> float:
     """Median seconds."""
     return triton.testing.do_bench(function, warmup=20, rep=100, return_mode="median") * 1e-3
+
+
+def host_time(function) -> float:
+    """Median seconds until a call returns, with nothing on the device to wait for."""
+    times = []
+    for _ in range(20):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - started)
+    return sorted(times)[len(times) // 2]
 
 
 def ceilings() -> dict[str, float]:
@@ -64,12 +94,9 @@ def ceilings() -> dict[str, float]:
     return {name: round(value, 1) for name, value in found.items()}
 
 
-def attention_case(heads, groups) -> tuple[float, float, float]:
-    """Seconds, bytes of keys and values read at least once, floating-point operations."""
+def model_of(heads) -> ModelConfig:
     num_q_heads, num_kv_heads, head_dim = heads
-    seq_lens = np.array([n for count, n, _ in groups for _ in range(count)])
-    query_lens = np.array([c for count, _, c in groups for _ in range(count)])
-    config = ModelConfig(
+    return ModelConfig(
         architecture="LlamaForCausalLM",
         hidden_size=num_q_heads * head_dim,
         intermediate_size=8,
@@ -81,6 +108,23 @@ def attention_case(heads, groups) -> tuple[float, float, float]:
         max_position_embeddings=1 << 20,
         rms_norm_eps=1e-5,
     )
+
+
+def make_backend(name: str, config: ModelConfig, long_query_len: int) -> AttentionBackend:
+    if name == "triton":
+        return TritonAttention.for_model(config)
+    problem = load_kernels(config, torch.bfloat16, DEVICE, may_compile=True)
+    if problem is not None:
+        raise SystemExit(problem)
+    return FlashInferAttention(config.num_attention_heads, config.head_dim, long_query_len)
+
+
+def attention_case(name, long_query_len, heads, groups) -> dict[str, float]:
+    """Seconds of a layer and of a plan, bytes of keys and values read at least once, operations on floats."""
+    num_q_heads, num_kv_heads, head_dim = heads
+    seq_lens = np.array([n for count, n, _ in groups for _ in range(count)])
+    query_lens = np.array([c for count, _, c in groups for _ in range(count)])
+    config = model_of(heads)
     num_slots = int(seq_lens.sum()) + 1
     pool = KVPool(config, num_slots, torch.bfloat16, DEVICE)
     for tensor in (*pool.k, *pool.v):
@@ -108,7 +152,7 @@ def attention_case(heads, groups) -> tuple[float, float, float]:
         kv_pool=pool,
         index=DeviceIndex(device(table), device(rows.astype(np.int32)), device(seq_lens.astype(np.int32))),
     )
-    backend = TritonAttention.for_model(config)
+    backend = make_backend(name, config, long_query_len)
     batch.plan = backend.plan(batch)
     qkv = torch.randn(len(positions), num_q_heads + 2 * num_kv_heads, head_dim, device=DEVICE).bfloat16()
     q, k, v = qkv.split([num_q_heads, num_kv_heads, num_kv_heads], 1)
@@ -123,9 +167,22 @@ def attention_case(heads, groups) -> tuple[float, float, float]:
     with torch.cuda.graph(graph):
         run()
     seconds = measure(graph.replay) / 2
-    num_bytes = 2 * int(seq_lens.sum()) * num_kv_heads * head_dim * 2
+    del graph  # it runs on the plan's memory, which is used anew from here on
+
+    def plan_and_launch_one():
+        batch.plan = backend.plan(batch)
+        backend.forward(q, k, v, layers[0], batch)
+
+    def launch_one():
+        backend.forward(q, k, v, layers[0], batch)
+
     pairs = int((query_lens * (2 * seq_lens - query_lens + 1) // 2).sum())
-    return seconds, num_bytes, 4.0 * pairs * num_q_heads * head_dim
+    return {
+        "seconds": seconds,
+        "plan_seconds": host_time(plan_and_launch_one) - host_time(launch_one),
+        "num_bytes": 2 * int(seq_lens.sum()) * num_kv_heads * head_dim * 2,
+        "operations": 4.0 * pairs * num_q_heads * head_dim,
+    }
 
 
 KV_ROWS = {"28 layers, 1 KiB": (28, 128), "32 layers, 8 KiB": (32, 1024)}
@@ -155,7 +212,8 @@ def peer_row_rates() -> dict[str, dict[str, float]]:
     for name, (layers, row) in KV_ROWS.items():
         theirs = torch.zeros(2 * layers, 8192, row, dtype=torch.int64, device="cuda:1")
         ours = torch.zeros_like(theirs, device=DEVICE)
-        plain = measure(lambda ours=ours, theirs=theirs: ours.copy_(theirs))  # opens the way, too
+        theirs.copy_(ours)  # has torch let the first GPU into the second one's memory, for the kernel
+        plain = measure(lambda ours=ours, theirs=theirs: ours.copy_(theirs))
         found[name] = {"plain copy": round(theirs.nbytes / plain / 1e9, 1)}
         slots = torch.randperm(8192, device=DEVICE)
         source, target = slots[:4096], slots[4096:]
@@ -226,27 +284,39 @@ def add_other_cases(result: dict) -> None:
             print(f"{name:16s} {n:5d} {msgspec.json.encode(entry).decode()}", flush=True)
 
 
+def add_attention_cases(entries: dict, backend: str, args: argparse.Namespace, limits: dict) -> None:
+    """Measure the cases that are asked for and that this backend has kernels for."""
+    for name, (heads, groups) in ATTENTION.items():
+        longest = max(query_len for _, _, query_len in groups)
+        if args.only and not name.startswith(args.only):
+            continue
+        if backend == "flashinfer" and longest < args.long_query_len:
+            continue
+        found = attention_case(backend, args.long_query_len, heads, groups)
+        rate = found["num_bytes"] / found["seconds"] / 1e9
+        entries[name] = {
+            "us": round(found["seconds"] * 1e6, 1),
+            "plan_us": round(found["plan_seconds"] * 1e6, 1),
+            "gb_s": round(rate),
+            "share_of_read": round(rate / limits["read_gb_s"], 3),
+            "tflop_s": round(found["operations"] / found["seconds"] / 1e12, 1),
+        }
+        print(f"{backend:10s} {name:40s} {msgspec.json.encode(entries[name]).decode()}", flush=True)
+        torch.cuda.empty_cache()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", type=lambda text: tuple(text.split(",")), help="first words of cases")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--backend", type=lambda text: text.split(","), default=["triton"])
+    parser.add_argument("--long_query_len", type=int, default=LONG_QUERY_LEN)
     args = parser.parse_args()
     limits = ceilings()
     result = {**describe_run(), "ceilings": limits, "attention": {}, "ops": {}}
     print(json.dumps(limits))
-    for name, (heads, groups) in ATTENTION.items():
-        if args.only and not name.startswith(args.only):
-            continue
-        seconds, num_bytes, operations = attention_case(heads, groups)
-        entry = {
-            "us": round(seconds * 1e6, 1),
-            "gb_s": round(num_bytes / seconds / 1e9),
-            "share_of_read": round(num_bytes / seconds / 1e9 / limits["read_gb_s"], 3),
-            "tflop_s": round(operations / seconds / 1e12, 1),
-        }
-        result["attention"][name] = entry
-        print(f"{name:40s} {msgspec.json.encode(entry).decode()}", flush=True)
-        torch.cuda.empty_cache()
+    for backend in args.backend:
+        add_attention_cases(result["attention"].setdefault(backend, {}), backend, args, limits)
     if not args.only or "kv rows".startswith(args.only):
         result["kv_rows"] = kv_row_rates()
         for name, rates in result["kv_rows"].items():

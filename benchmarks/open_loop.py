@@ -23,6 +23,7 @@ from lightllm.bench.report import percentile
 NAME = re.compile(r"\S*[0-9a-f]{8}\S*")
 FIRST_TOKEN_ID = 10
 """Lower ids are left to special tokens."""
+WATCH_S = 0.002
 
 
 class _Token(msgspec.Struct):
@@ -229,6 +230,29 @@ class Streams:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+class LoopWatch:
+    """How late this process's own loop is while others are timed: what it adds to their gaps.
+
+    Attributes:
+        late_s: of each tick, every few milliseconds.
+    """
+
+    def __init__(self) -> None:
+        self.late_s: list[float] = []
+        self._task = asyncio.create_task(self._run())
+
+    async def _run(self) -> None:
+        while True:
+            due_s = time.perf_counter() + WATCH_S
+            await asyncio.sleep(WATCH_S)
+            self.late_s.append(time.perf_counter() - due_s)
+
+    async def stop(self) -> None:
+        """No more ticks."""
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
 
 
 # ------------------------------------------------------------ figures

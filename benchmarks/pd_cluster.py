@@ -109,6 +109,12 @@ def parse() -> tuple[argparse.Namespace, Sizes]:
     )
     parser.add_argument("--decode_flags", default="", help="--decode_flags='--a 1 --b'")
     parser.add_argument("--single_flags", default="", help="of the two single nodes")
+    parser.add_argument(
+        "--one_gpu",
+        action="store_true",
+        help="both nodes of the cluster on GPU 0 (with CUDA's MPS if its daemon runs); each then wants "
+        "--mem_fraction in its flags",
+    )
     parser.add_argument("--clusters", default=",".join(CLUSTERS))
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument(
@@ -257,7 +263,8 @@ class Cluster:
         shared = ["--device", args.device, "--tp", str(args.tp), "--drain_timeout", "3", *ports, *size]
         env = {"KV_TRANS_USE_P2P": "1"}
         if args.device == "cuda":
-            gpus = range(index * args.tp, (index + 1) * args.tp)
+            first = 0 if args.one_gpu else index * args.tp
+            gpus = range(first, first + args.tp)
             env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
         else:
             env["OMP_NUM_THREADS"] = "1"

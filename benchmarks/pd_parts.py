@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from open_loop import (
+    LoopWatch,
     Record,
     Streams,
     ask,
@@ -320,11 +321,12 @@ async def _window(bench: Bench, what: str, long_output: int | None) -> Entry:
     try:
         await streams.wait_all_decode(16, 30.0)
         await asyncio.sleep(0.3)
-        began_s = time.perf_counter()
+        watch, began_s = LoopWatch(), time.perf_counter()
         if long_output is not None:
             jobs = steady_jobs(sizes.long_rate, sizes.window_s, long_prompts, long_output)
             records = await open_loop([client], jobs, sizes.window_s + 5.0)
         await asyncio.sleep(max(0.0, began_s + sizes.window_s - time.perf_counter()))
+        await watch.stop()
         streams.check()
     finally:
         await streams.stop()
@@ -338,6 +340,8 @@ async def _window(bench: Bench, what: str, long_output: int | None) -> Entry:
         "p999_ms": in_ms(gaps, 99.9),
         "max_ms": in_ms(gaps, 100),
         "tokens_per_s": round(len(gaps) / sizes.window_s, 1),
+        "client_late_p99_ms": in_ms(watch.late_s, 99),
+        "client_late_max_ms": in_ms(watch.late_s, 100),
         "long_prompts": len(records),
         "long_errors": [record.error for record in records if record.error],
         "long_ttft_p50_ms": in_ms([record.ttft_s for record in whole], 50),

@@ -187,9 +187,10 @@ class EngineSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         str,
         Flag(
             "auto = the best one that passes a start-up self-check; on a CPU native = C kernels for all "
-            "operations, torch = plain torch",
+            "operations, torch = plain torch; on a Hopper GPU flashinfer = its kernels for long prompts: the "
+            "first start with this compiles them, which takes minutes, and from then on auto takes them",
             choices=("auto", "native", "torch", "triton", "flashinfer"),
-            choice_stages=(("triton", "G"), ("flashinfer", "-")),
+            choice_stages=(("triton", "G"), ("flashinfer", "G")),
         ),
     ] = "auto"
     enable_deterministic: Annotated[

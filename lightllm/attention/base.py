@@ -35,9 +35,11 @@ class AttentionBackend(ABC):
 
     Attributes:
         name: its public name (`--attention_backend`).
+        long_query_len: sequences with so many new tokens or more have kernels of their own; None: none have.
     """
 
     name: ClassVar[str]
+    long_query_len: int | None = None
 
     @classmethod
     def for_model(cls, config: ModelConfig) -> Self:

@@ -11,6 +11,7 @@ from typing import cast
 import torch
 
 from lightllm.attention.base import AttentionBackend
+from lightllm.attention.flashinfer_kernels import load_kernels
 from lightllm.attention.native import NativeAttention
 from lightllm.attention.self_check import check
 from lightllm.errors import ConfigError
@@ -28,7 +29,10 @@ BACKENDS: Mapping[str, str] = MappingProxyType(
 ORACLE = "torch_ref"
 # The same for GPUs; the oracle of these computes on the CPU.
 CUDA_BACKENDS: Mapping[str, str] = MappingProxyType(
-    {"triton": "lightllm.attention.triton_gqa:TritonAttention"}
+    {
+        "flashinfer": "lightllm.attention.flashinfer_prefill:FlashInferAttention",
+        "triton": "lightllm.attention.triton_gqa:TritonAttention",
+    }
 )
 
 
@@ -36,6 +40,8 @@ def select_cuda_backend(
     name: str, config: ModelConfig, dtype: torch.dtype, device: torch.device
 ) -> tuple[AttentionBackend, str]:
     """As `select_backend`, on a GPU, where no backend is trusted without having passed.
+
+    `auto` compiles none of FlashInfer's kernels, so that a start does not take minutes unasked.
 
     Raises:
         ConfigError: `name` is not known on a GPU, or none passes the comparison.
@@ -45,12 +51,18 @@ def select_cuda_backend(
         raise ConfigError(f"--attention_backend: got {name}, usable on a GPU are {known}")
     failures: list[str] = []
     for candidate in CUDA_BACKENDS if name == "auto" else (name,):
+        if candidate == "flashinfer":
+            problem = load_kernels(config, dtype, device, may_compile=name == candidate)
+            if problem is not None:
+                failures.append(problem)
+                continue
         backend = load_backend(candidate, config=config)
         problem = check(backend, load_backend(ORACLE), config, dtype, device)
         if problem is None:
             return backend, "; ".join([*failures, f"agrees with {ORACLE} on random data"])
         failures.append(f"{candidate} failed its self-check: {problem}")
-    raise ConfigError(f"--attention_backend: {'; '.join(failures)}; use --device cpu")
+    remedy = "--attention_backend triton" if name == "flashinfer" else "--device cpu"
+    raise ConfigError(f"--attention_backend: {'; '.join(failures)}; use {remedy}")
 
 
 def select_backend(

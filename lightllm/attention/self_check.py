@@ -49,6 +49,14 @@ START_CASE = Case(
 START_WINDOW = 24
 
 
+def long_case(query_len: int) -> Case:
+    """A decode, a prompt's last chunk, a short prompt, a whole one; the second and the last are that long."""
+    seq_lens = (40, 130 + query_len, 20, query_len + 1)
+    half = sum(seq_lens) // 2
+    slots = (*range(2 * half, 0, -2), *range(1, 2 * half, 2), *range(2 * half + 1, sum(seq_lens) + 1))
+    return Case(seq_lens, (1, query_len, 20, query_len + 1), slots)
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What a backend made of a case: its result, and keys and values in the pool after it."""
@@ -56,6 +64,26 @@ class Outcome:
     out: Tensor
     k: Tensor
     v: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A case with its tensors: a batch over a pool of one layer, and its new tokens.
+
+    Attributes:
+        q, k, v: as for `AttentionBackend.forward`.
+    """
+
+    batch: ForwardBatch
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+    def run(self, backend: AttentionBackend, layer: AttentionLayer) -> Tensor:
+        """Plan and attend; waits for nothing."""
+        with torch.inference_mode():
+            self.batch.plan = backend.plan(self.batch)
+            return backend.forward(self.q, self.k, self.v, layer, self.batch)
 
 
 CPU = torch.device("cpu")
@@ -68,18 +96,24 @@ def check(
     dtype: torch.dtype,
     device: torch.device | None = None,
 ) -> str | None:
-    """Compare both on START_CASE, for each kind of layer that the model has.
+    """Compare both on START_CASE, and on long prompts if the backend has kernels of its own for them.
+
+    Each kind of layer that the model has is tried.
 
     Returns:
         None if they agree, else what is wrong, in words.
     """
+    cases = [START_CASE]
+    if backend.long_query_len is not None:
+        cases.append(long_case(backend.long_query_len))
     kinds = {config.window(i) is not None for i in range(config.num_hidden_layers)}
     for is_sliding in sorted(kinds):
         window = START_WINDOW if is_sliding else None
         layer = AttentionLayer(0, config.attention_scale, window, config.attn_logit_softcapping)
-        problem = compare(backend, oracle, START_CASE, config, dtype, layer=layer, device=device)
-        if problem is not None:
-            return problem
+        for case in cases:
+            problem = compare(backend, oracle, case, config, dtype, layer=layer, device=device)
+            if problem is not None:
+                return problem
     return None
 
 
@@ -92,13 +126,27 @@ def compute(
     layer: AttentionLayer | None = None,
     device: torch.device | None = None,
 ) -> Outcome:
-    """Run a backend on random tensors, which depend on the case, config and dtype only.
+    """Run a backend on the problem of a case; see `make_problem`.
 
     Args:
         layer: index 0; the usual scale, and neither window nor softcap, when left out.
         device: where; None is the CPU, without the index that kernels need. The outcome is on the CPU.
     """
     layer = layer or AttentionLayer(0, config.head_dim**-0.5)
+    problem = make_problem(case, config, dtype, device)
+    out = problem.run(backend, layer)
+    pool = problem.batch.kv_pool
+    return Outcome(out.cpu(), pool.k[0].cpu(), pool.v[0].cpu())
+
+
+def make_problem(
+    case: Case, config: ModelConfig, dtype: torch.dtype, device: torch.device | None = None
+) -> Problem:
+    """Fill a case with random tensors, which depend on the case, config and dtype only.
+
+    Args:
+        device: as for `compute`.
+    """
     generator = torch.Generator().manual_seed(len(case.slots))
     one_layer = msgspec.structs.replace(config, num_hidden_layers=1)
     pool = KVPool(one_layer, max(case.slots) + 1, dtype, device or CPU)
@@ -108,11 +156,7 @@ def compute(
     shape = (sum(case.query_lens), num_q_heads + 2 * num_kv_heads, config.head_dim)
     qkv = torch.empty(shape, dtype=dtype).normal_(generator=generator).to(device or CPU)
     q, k, v = torch.split(qkv, [num_q_heads, num_kv_heads, num_kv_heads], dim=1)
-    batch = _batch(case, pool, device)
-    with torch.inference_mode():
-        batch.plan = backend.plan(batch)
-        out = backend.forward(q, k, v, layer, batch)
-    return Outcome(out.cpu(), pool.k[0].cpu(), pool.v[0].cpu())
+    return Problem(_batch(case, pool, device), q, k, v)
 
 
 def compare(
@@ -132,7 +176,7 @@ def compare(
     """
     try:
         got = compute(backend, case, config, dtype, layer=layer, device=device)
-    except (AttributeError, NotImplementedError, RuntimeError, TypeError) as error:
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         return f"{type(error).__name__}: {error}"  # an operation that this build of torch lacks
     expected = compute(oracle, case, config, dtype, layer=layer)
     if not torch.equal(got.k, expected.k) or not torch.equal(got.v, expected.v):

@@ -88,13 +88,23 @@ class TritonAttention(RotatingBackend):
             n = len(batch.query_lens)
             tokens = torch.arange(n, dtype=torch.int32, device=index.rows.device)
             return Plan(self._plan_decode(batch, tokens, index.rows, index.seq_lens), None)
-        prefills, decodes = np.flatnonzero(~is_decode), np.flatnonzero(is_decode)
+        return self.plan_members(batch, np.arange(len(is_decode)))
+
+    def plan_members(self, batch: ForwardBatch, members: np.ndarray) -> Plan:
+        """Split some sequences of the batch into decode and tiles.
+
+        Args:
+            members: [n] their places in the batch.
+        """
+        assert batch.index is not None
+        is_decode = batch.query_lens[members] == 1
+        prefills, decodes = members[~is_decode], members[is_decode]
+        query_lens = batch.query_lens[prefills]
         num_kv_heads = batch.kv_pool.num_kv_heads
-        longest = int(batch.query_lens.max()) * self.num_q_heads // num_kv_heads
+        longest = int(query_lens.max(initial=0)) * self.num_q_heads // num_kv_heads
         block_m, tile_tokens = self.tile_shape(
             num_kv_heads, MAX_TILE if longest > MAX_TILE // 2 else MAX_TILE // 2
         )
-        query_lens = batch.query_lens[prefills]
         starts = batch.seq_lens[prefills] - query_lens
         tiles = self.tiles(
             batch.rows[prefills], starts, query_lens, tile_tokens, batch.cu_seqlens_q[prefills]
@@ -106,12 +116,14 @@ class TritonAttention(RotatingBackend):
         packed[: tiles.size] = tiles.reshape(-1)
         for i, column in enumerate(columns):
             packed[tiles.size + i * width :][: len(decodes)] = column
-        uploaded = _upload(packed, index.rows.device)
-        prefill = PrefillPlan(uploaded[: tiles.size].view(-1, TILE_FIELDS), block_m)
-        if not len(decodes):
-            return Plan(None, prefill)
-        parts = (uploaded[tiles.size + i * width :][: len(decodes)] for i in range(3))
-        return Plan(self._plan_decode(batch, *parts), prefill)
+        uploaded = _upload(packed, batch.index.rows.device)
+        prefill = decode = None
+        if len(prefills):
+            prefill = PrefillPlan(uploaded[: tiles.size].view(-1, TILE_FIELDS), block_m)
+        if len(decodes):
+            parts = (uploaded[tiles.size + i * width :][: len(decodes)] for i in range(3))
+            decode = self._plan_decode(batch, *parts)
+        return Plan(decode, prefill)
 
     def plan_tiles(self, tiles: Tensor, block_m: int) -> Plan:
         """The plan of a batch all of whose tokens are in these tiles."""
@@ -174,11 +186,17 @@ class TritonAttention(RotatingBackend):
         layer: AttentionLayer,
         batch: ForwardBatch,
     ) -> Tensor:
+        pool_k, pool_v = batch.kv_pool.k[layer.index], batch.kv_pool.v[layer.index]
+        kv_write(q, k, v, pool_k, pool_v, batch.out_slots, rotary)
+        out = torch.empty(q.shape[0], q.shape[1] * q.shape[2], dtype=q.dtype, device=q.device)
+        self._attend(q, out, layer, batch)
+        return out
+
+    def _attend(self, q: Tensor, out: Tensor, layer: AttentionLayer, batch: ForwardBatch) -> None:
+        """Write the result of every token into `out`, [num_tokens, num_q_heads * head_dim]."""
         assert batch.index is not None
         pool_k, pool_v = batch.kv_pool.k[layer.index], batch.kv_pool.v[layer.index]
         table = batch.index.slot_table
-        kv_write(q, k, v, pool_k, pool_v, batch.out_slots, rotary)
-        out = torch.empty(q.shape[0], q.shape[1] * q.shape[2], dtype=q.dtype, device=q.device)
         plan: Plan = batch.plan
         if plan.prefill is not None:
             prefill_attention(
@@ -210,7 +228,6 @@ class TritonAttention(RotatingBackend):
                 partial=plan.decode.partial,
                 logsumexp=plan.decode.logsumexp,
             )
-        return out
 
     def _plan_decode(self, batch: ForwardBatch, tokens: Tensor, rows: Tensor, seq_lens: Tensor) -> DecodePlan:
         """The number of splits depends on the number of sequences only: a graph is right for all lengths."""

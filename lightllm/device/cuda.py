@@ -20,6 +20,12 @@ RING_BYTES = 4 << 20
 RING_ALIGNMENT = 64
 
 
+def compute_capability(device: torch.device) -> tuple[int, int]:
+    """The architecture of a GPU, major and minor."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return major, minor
+
+
 class CudaMoment(Moment):
     """An event behind what was called for on the calling thread's stream."""
 

@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 PACKAGE = "nixl"
 INSTALL = "pip install 'lightllm[pd]'"
+# A read costs about the same for any size: 4 MiB would take longer to ask for than to read over NVLink.
+GPU_BLOCK_BYTES = 32 * 1024 * 1024
 RDMA_DEVICES = Path("/sys/class/infiniband")
 
 
@@ -49,7 +51,7 @@ class NixlLane(Lane):
     """See the module."""
 
     def __init__(self, rows: KVRows, block_bytes: int | None = None) -> None:
-        super().__init__(rows, block_bytes)
+        super().__init__(rows, block_bytes or (GPU_BLOCK_BYTES if rows.device.type == "cuda" else None))
         if importlib.util.find_spec(PACKAGE) is None:
             raise LaneUnavailable(f"the package {PACKAGE} is not installed: {INSTALL}")
         self.version = importlib.metadata.version(PACKAGE)

@@ -79,9 +79,12 @@ class PoolOffer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class P2PLane(Lane):
-    """See the module. Blocks are large, since all that one costs is a frame and a kernel."""
+    """See the module. Blocks are large, since each costs a frame, a kernel and a wait.
 
-    BLOCK_BYTES = 512 * 1024 * 1024
+    An abort waits for the block that is being copied: some milliseconds over NVLink.
+    """
+
+    BLOCK_BYTES = 2 * 1024**3
 
     def __init__(self, rows: KVRows, block_bytes: int | None = None) -> None:
         if rows.device.type != "cuda":

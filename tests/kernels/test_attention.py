@@ -1,18 +1,24 @@
 """The attention kernels and the backend made of them against the plain formula."""
 
+import msgspec
 import pytest
 import torch
 from torch import Tensor
 
 pytest.importorskip("triton", reason="kernels need triton, which is not installed here")
 
-from lightllm.attention.registry import CUDA_BACKENDS, ORACLE, load_backend
-from lightllm.attention.self_check import START_CASE, compare
+from lightllm.attention import flashinfer_kernels
+from lightllm.attention.base import AttentionBackend, AttentionLayer
+from lightllm.attention.flashinfer_prefill import LONG_QUERY_LEN
+from lightllm.attention.registry import CUDA_BACKENDS, ORACLE, load_backend, select_cuda_backend
+from lightllm.attention.self_check import START_CASE, Case, compare, compute, long_case, make_problem
 from lightllm.attention.triton_gqa import TritonAttention, num_decode_splits
+from lightllm.errors import ConfigError
 from lightllm.kernels import ref
 from lightllm.kernels.decode_attention import decode_attention
 from lightllm.kernels.kv_write import kv_write
 from lightllm.kernels.prefill_attention import prefill_attention
+from lightllm.model_config import ModelConfig
 from tests.attention.test_conformance import CASES, config
 
 GPU = pytest.mark.gpu
@@ -36,10 +42,134 @@ def test_backends_agree_with_oracle(
     heads: tuple[int, int, int], case: object, dtype: torch.dtype, name: str, device: torch.device
 ) -> None:
     model = config(*heads)
+    backend = load_or_skip(name, model, dtype, device)
+    assert compare(backend, load_backend(ORACLE), case, model, dtype, device=device) is None
+
+
+def load_or_skip(name: str, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> AttentionBackend:
+    if name == "flashinfer":
+        if device.type != "cuda":
+            pytest.skip("flashinfer needs a GPU")
+        # Not compiled here: that takes longer than a test may.
+        problem = flashinfer_kernels.load_kernels(model, dtype, device, may_compile=False)
+        if problem is not None:
+            pytest.skip(problem)
+    return load_backend(name, config=model)
+
+
+def scattered(seq_lens: tuple[int, ...], query_lens: tuple[int, ...]) -> Case:
+    order = torch.randperm(sum(seq_lens), generator=torch.Generator().manual_seed(5)) + 1
+    return Case(seq_lens, query_lens, tuple(order.tolist()))
+
+
+LONG_CASES = {
+    "at the limit": scattered((300, 256), (255, 256)),
+    "self-check": long_case(LONG_QUERY_LEN),
+    "chunk behind 3,000 scattered": scattered((3400,), (400,)),
+    "several behind decodes": scattered((900, 17, 1300, 700, 600), (1, 1, 1, 700, 257)),
+    "short ones before, between and behind": scattered((50, 300, 40, 290, 9), (20, 300, 3, 260, 9)),
+    "a decode between": scattered((300, 500, 290), (300, 1, 260)),
+}
+LONG_HEADS = [(28, 4, 128), (32, 32, 128), (14, 2, 64)]
+LONG_LAYERS = {
+    "window 1": AttentionLayer(0, 0.1, window=1),
+    "window 200": AttentionLayer(0, 0.1, window=200),
+    "softcap": AttentionLayer(0, 0.2, softcap=1.5),
+    "all": AttentionLayer(0, 0.2, window=65, softcap=1.5),
+}
+
+
+def model_of(heads: tuple[int, int, int], layer: AttentionLayer) -> ModelConfig:
+    """A model that has layers of this kind, and others."""
+    kinds = None if layer.window is None else ["full_attention", "sliding_attention"]
+    return msgspec.structs.replace(
+        config(*heads),
+        sliding_window=layer.window,
+        layer_types=kinds,
+        attn_logit_softcapping=layer.softcap,
+    )
+
+
+@GPU
+@pytest.mark.parametrize("name", CUDA_BACKENDS)
+@pytest.mark.parametrize("case", LONG_CASES.values(), ids=LONG_CASES.keys())
+@pytest.mark.parametrize("heads", LONG_HEADS)
+def test_long_prompts(heads: tuple[int, int, int], case: Case, name: str, device: torch.device) -> None:
+    model = config(*heads)
+    backend = load_or_skip(name, model, torch.bfloat16, device)
+    assert compare(backend, load_backend(ORACLE), case, model, torch.bfloat16, device=device) is None
+
+
+@GPU
+@pytest.mark.parametrize("name", CUDA_BACKENDS)
+@pytest.mark.parametrize("case", ["self-check", "chunk behind 3,000 scattered"])
+@pytest.mark.parametrize("layer", LONG_LAYERS.values(), ids=LONG_LAYERS.keys())
+def test_long_prompts_in_every_kind_of_layer(
+    layer: AttentionLayer, case: str, name: str, device: torch.device
+) -> None:
+    model = model_of((28, 4, 128), layer)
+    backend = load_or_skip(name, model, torch.bfloat16, device)
     problem = compare(
-        load_backend(name, config=model), load_backend(ORACLE), case, model, dtype, device=device
+        backend, load_backend(ORACLE), LONG_CASES[case], model, torch.bfloat16, layer=layer, device=device
     )
     assert problem is None
+
+
+@GPU
+@torch.inference_mode()
+def test_layers_of_two_kinds_in_one_step(device: torch.device) -> None:
+    layers = (AttentionLayer(0, 0.1), AttentionLayer(0, 0.1, window=200))
+    model = model_of((28, 4, 128), layers[1])
+    backend = load_or_skip("flashinfer", model, torch.bfloat16, device)
+    case = LONG_CASES["several behind decodes"]
+    expected = [compute(backend, case, model, torch.bfloat16, layer=x, device=device).out for x in layers]
+    problem = make_problem(case, model, torch.bfloat16, device)
+    problem.run(backend, layers[0])  # also plans
+    for layer, out in zip((*layers, *layers), expected * 2, strict=True):
+        assert torch.equal(backend.forward(problem.q, problem.k, problem.v, layer, problem.batch).cpu(), out)
+
+
+@GPU
+def test_queued_steps_keep_their_plans_and_wait_for_none(device: torch.device) -> None:
+    model = config(28, 4, 128)
+    backend = load_or_skip("flashinfer", model, torch.bfloat16, device)
+    layer = AttentionLayer(0, 0.1)
+    cases = [case for name, case in LONG_CASES.items() if name != "chunk behind 3,000 scattered"]
+    expected = [compute(backend, case, model, torch.bfloat16, layer=layer, device=device) for case in cases]
+    problems = [make_problem(case, model, torch.bfloat16, device) for case in cases]
+    torch.cuda.synchronize()
+    torch.cuda._sleep(500_000_000)  # a quarter of a second: the steps below wait behind it
+    awake = torch.cuda.Event()
+    awake.record()
+    outs = []
+    for i, problem in enumerate(problems):
+        outs.append(problem.run(backend, layer))
+        if i < 2:  # the third one waits for the copy of the first one's plan
+            assert not awake.query()
+    for out, outcome in zip(outs, expected, strict=True):
+        assert torch.equal(out.cpu(), outcome.out)
+
+
+def test_auto_says_why_it_does_not_take_flashinfer(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    monkeypatch.setattr(flashinfer_kernels, "compute_capability", lambda device: (8, 0))
+    backend, reason = select_cuda_backend("auto", config(*HEADS[1]), torch.float32, device)
+    assert backend.name == "triton"
+    assert reason == (
+        "flashinfer: its kernels are for compute capability 9.0, this card has 8.0; "
+        "agrees with torch_ref on random data"
+    )
+    with pytest.raises(ConfigError, match=r"this card has 8\.0; use --attention_backend triton"):
+        select_cuda_backend("flashinfer", config(*HEADS[1]), torch.float32, device)
+
+
+@GPU
+def test_auto_takes_flashinfer_where_it_is_compiled(device: torch.device) -> None:
+    model = config(28, 4, 128)
+    load_or_skip("flashinfer", model, torch.bfloat16, device)
+    backend, reason = select_cuda_backend("auto", model, torch.bfloat16, device)
+    assert (backend.name, reason) == ("flashinfer", "agrees with torch_ref on random data")
 
 
 @pytest.mark.parametrize("heads", [HEADS[2]])

@@ -73,7 +73,7 @@ def changed(offer, **fields):
         ({"offset": 2**61}, "the sender's pool ends at byte"),
         ({"num_slots": -1}, "the sender's offer is none"),
         ({"num_heads": 0}, "the sender's offer is none"),
-        ({"num_heads": 3}, "the sender's pool ends at byte"),
+        ({"num_heads": 10**6}, "the sender's pool ends at byte"),
         ({"first_head": 1}, r"has KV heads 1\.\.2, not 0\.\.1"),
         ({"more": 1}, "the sender's offer is none"),
     ],
