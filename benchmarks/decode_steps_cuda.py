@@ -44,6 +44,9 @@ class ListLink:
         messages, self.inbox = self.inbox, []
         return messages
 
+    def wake(self) -> None:
+        return
+
     def send(self, message) -> None:
         self.num_tokens += sum(len(output.new_token_ids) for output in message.outputs)
 

@@ -1,4 +1,4 @@
-"""How fast KV moves between two engines of one machine, and how late an idle one notices.
+"""How fast KV moves between two engines of one machine, and how late an idle one hears of it.
 
     python benchmarks/kv_transfer.py [--device cuda] [--shapes qwen2-7b,llama2-7b] [--lengths 1024,8192]
                                      [--lanes p2p,shm,nixl,tcp] [--repeat 5] [--out FILE.json]
@@ -6,8 +6,8 @@
 Two processes with KV pools and no model; with --device cuda both on the first GPU, unless
 CUDA_VISIBLE_DEVICES lists two: then the receiver is on the second. For each lane and length: bytes per second
 from the sender's order to its confirmation, slots in runs and scattered; and the delay from there until a
-receiver that asks every 2 ms, as an idle engine does, has heard of it. Beside it the rates of plain copies.
-Prints a table to stderr and one JSON object, medians and best runs.
+receiver that sleeps until it is told, as an idle engine does, has heard of it (it may be earlier). Beside it
+the rates of plain copies. Prints a table to stderr and one JSON object, medians and best runs.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import random
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -32,7 +33,7 @@ from lightllm.distributed.shares import kv_head_ranges
 from lightllm.messages import KVLayout, KVSource, KVTarget, KVTransferOrder
 from lightllm.model_config import ModelConfig
 from lightllm.transfer import LANES
-from lightllm.transfer.base import Limits
+from lightllm.transfer.base import Endings, Limits
 from lightllm.transfer.lane import LaneUnavailable, open_lanes
 from lightllm.transfer.link import KVLink
 from lightllm.transfer.plan import HostRows
@@ -45,7 +46,6 @@ SHAPES = {
     "llama2-7b": (32, 32, 128, torch.bfloat16),
 }
 NUM_SLOTS = 16_384
-POLL_S = 0.002
 TOKEN = b"a token for measurements only"
 DEFAULTS = {
     "cpu": {"shapes": "smollm2-135m", "lengths": "128,1024,8192", "lanes": "shm,nixl,tcp"},
@@ -145,6 +145,16 @@ def slots_of(count: int, is_scattered: bool) -> list[int]:
     return random.Random(count).sample(range(1, NUM_SLOTS), count) if is_scattered else [*range(1, count + 1)]
 
 
+def wait(link: KVLink) -> Endings:
+    """Sleep until a transfer has ended."""
+    news = threading.Event()
+    link.watch(news.set)
+    while not any(endings := link.poll()):
+        news.wait()
+        news.clear()
+    return endings
+
+
 def receive(lane: str, device_name: str, shape: str) -> None:
     """Expect what stdin says, line by line: ticket, tokens, scattered; answer with the time of arrival."""
     link = open_link(lane, device_name, shape, 2)
@@ -160,8 +170,7 @@ def receive(lane: str, device_name: str, shape: str) -> None:
         )
         link.receive(order, PastMoment())
         print("expected", flush=True)
-        while not any(link.poll()):
-            time.sleep(POLL_S)
+        wait(link)
         print(time.monotonic(), flush=True)
     link.close()
 
@@ -203,8 +212,7 @@ def measure(
                 started_s = time.monotonic()
                 link.send(sent, PastMoment())
                 link.complete(ticket, 0)
-                while not any(endings := link.poll()):
-                    time.sleep(0.0002)
+                endings = wait(link)
                 ended_s = time.monotonic()
                 assert endings.sent == [ticket], endings
                 delay_s = float(peer.stdout.readline()) - ended_s

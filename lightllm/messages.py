@@ -18,7 +18,7 @@ import msgspec
 from lightllm.packed_ints import Ints, from_wire, pack, to_wire
 from lightllm.sampling_params import SamplingParams
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 FINISH_REASONS = ("stop", "length", "abort", "error", "handed_over")
 """`handed_over` never reaches a client: a prefill node's request whose KV the decode node has taken."""
@@ -47,17 +47,16 @@ class Grammar(Part):
 
 
 class KVTarget(Part):
-    """To where a prefill node ships the KV of a request: the link that it dials, and what is there already.
+    """To where a prefill node ships the KV of a request: the link that it dials.
 
     The node is another one than ours; `ticket` is what both ends of one transfer were told by the master,
-    valid once. The first `num_cached_tokens` tokens need not be sent.
+    valid once.
     """
 
     node_id: str
     epoch: int
     address: str
     ticket: str
-    num_cached_tokens: int = 0
 
 
 class KVSource(Part):
@@ -188,7 +187,8 @@ class KVTransfer(Part):
     """One transfer that has ended, on one node, for the figures.
 
     `direction` is sent or received; `transport` the lane, or none if the two ends had not agreed on one;
-    `fault` one of KV_FAULTS, empty if all went well.
+    `fault` one of KV_FAULTS, empty if all went well. `duration_s` is without the time in which all had moved
+    that there was, and the sender's engine computed the rest.
     """
 
     request_id: str
@@ -211,7 +211,7 @@ class EngineOutput(Message):
 
 
 class KVReserved(Message):
-    """A request with `recv_kv_from` has its slots; KV may come, without the first `num_cached_tokens`."""
+    """A request with `recv_kv_from` has its slots, the first `num_cached_tokens` with their KV."""
 
     request_id: str
     num_cached_tokens: int
@@ -271,10 +271,11 @@ class KVTransferOrder(Part):
     """Ship, or expect, the KV of the tokens from position `start` on, which lie in `slots`, one a token.
 
     A request is shipped in several orders, one behind each step that computed a part of it, and expected in
-    one. The first order of a shipment starts at `target.num_cached_tokens`; a later one may find the shipment
-    failed, unheard of by the engine yet, and then means nothing. `token_ids` are all tokens whose KV the
-    receiver has in the end: with every receipt, and with the last order of a shipment, whose step samples the
-    first token behind them for `row`.
+    one. The first order of a shipment starts at 0; the receiver says what it has of that. A later one may
+    find the shipment failed, unheard of by the engine yet, and then means nothing. `is_computed`: earlier
+    steps have computed it, so it need not wait for the one with which it comes. `token_ids` are all tokens
+    whose KV the receiver has in the end: with every receipt, and with the last order of a shipment, whose
+    step samples the first token behind them for `row`.
     """
 
     request_id: str
@@ -282,6 +283,7 @@ class KVTransferOrder(Part):
     slots: Ints
     token_ids: Ints = msgspec.field(default_factory=pack)
     row: int = -1
+    is_computed: bool = False
     target: KVTarget | None = None
     source: KVSource | None = None
 
@@ -300,12 +302,13 @@ class ScheduledBatch(Message):
     drafts              index of a request -> guesses of the tokens behind the first that is computed; each
                         position samples, and the step brings tokens up to the first that is not as guessed
     grammar_masks       row -> packed bit mask over the vocabulary, little endian
-    kv_sends            KV that may leave once this step is computed
+    kv_sends            KV that may leave once this step is computed, or at once
     kv_recvs            KV that may arrive once all earlier steps are computed
     kv_cancels          requests whose transfer is not wanted any more
     is_restart          a step has failed, and behind it those that followed: from here on things go on
 
     A batch without rows computes nothing: it carries orders and fetches what the transport has to tell.
+    One that does nothing else `is_question`.
     """
 
     step_id: int
@@ -324,6 +327,12 @@ class ScheduledBatch(Message):
     kv_recvs: list[KVTransferOrder] = []
     kv_cancels: list[str] = []
     is_restart: bool = False
+
+    @property
+    def is_question(self) -> bool:
+        """Whether nothing is to be done but to tell of transfers."""
+        rows = self.rows or self.new_requests or self.freed_rows
+        return not (rows or self.kv_sends or self.kv_recvs or self.kv_cancels or self.is_restart)
 
 
 class KVArrival(Part):

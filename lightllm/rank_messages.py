@@ -22,9 +22,10 @@ from lightllm.messages import (
 class WorkerConfig(Message, frozen=True):
     """First frame on a worker process's stdin: its configuration (JSON of the config struct) and its place.
 
-    Batches come from `address`, everything it has to say goes to `reply_address`. The ranks meet at
-    `meeting`: the path of a file where all are on one machine, else host:port of rank 0; `host` is where the
-    others reach this machine.
+    Batches come from `address`, everything it has to say goes to `reply_address`; to `bell_address`, if there
+    is one, an empty message whenever a KV transfer has ended, of which the next batch will tell. The ranks
+    meet at `meeting`: the path of a file where all are on one machine, else host:port of rank 0; `host` is
+    where the others reach this machine.
     """
 
     config: bytes
@@ -35,6 +36,7 @@ class WorkerConfig(Message, frozen=True):
     reply_address: str
     meeting: str
     host: str = "127.0.0.1"
+    bell_address: str = ""
 
 
 class RankProgress(Message, frozen=True):

@@ -37,7 +37,9 @@ logger = logging.getLogger(__name__)
 
 IDLE_WAIT_S = 1.0
 TRANSFER_WAIT_S = 0.002
-"""With nothing to compute but KV on its way, the transport is asked so often how far it is."""
+"""With nothing to compute but KV on its way, ranks in other processes are asked so often how far it is."""
+WATCHED_WAIT_S = 0.1
+"""The same where the end of a transfer wakes the loop."""
 
 
 class Link(Protocol):
@@ -49,6 +51,10 @@ class Link(Protocol):
 
     def send(self, message: FromEngine) -> None:
         """Hand one message over; never blocks on a slow or absent reader."""
+        ...
+
+    def wake(self) -> None:
+        """End a `receive` that waits, or else the next one that would; any thread may call this."""
         ...
 
 
@@ -81,16 +87,19 @@ class Engine:
         self.on_stats = on_stats
         self.clock = clock
         self.max_pending = 1 if enable_overlap else 0
+        self.transfer_wait_s = WATCHED_WAIT_S if executor.watch(link.wake) else TRANSFER_WAIT_S
         self.recovery = Recovery(executor, clock)
         self.pending: deque[Pending] = deque()
         self.steps_total = 0
         self._ended_transfers: list[KVTransfer] = []
+        self._is_room_new = False
 
     def step(self) -> None:
         """Run one turn of the loop; waits for messages only when there is nothing to compute."""
         outputs = self._take_messages()
         outputs += self.scheduler.expire(self.clock())
         batch = self.scheduler.schedule(self.clock())
+        self._is_room_new = False
         if batch is not None:
             self.pending.append(self.executor.submit(batch))
         for reserved in self.scheduler.take_reservations():
@@ -98,7 +107,8 @@ class Engine:
         num_steps = self.steps_total
         if len(self.pending) > (self.max_pending if batch is not None and batch.rows else 0):
             outputs += self._take_result()
-        if outputs or self.steps_total > num_steps or self._ended_transfers:
+        # What has ended waits for the next message where there is one to come: a step is more urgent.
+        if outputs or self.steps_total > num_steps or (self._ended_transfers and self._wait_s()):
             stats = self.scheduler.stats()
             ended, self._ended_transfers = self._ended_transfers, []
             self.link.send(EngineOutput(outputs=outputs, stats=stats, kv_transfers=ended))
@@ -155,11 +165,11 @@ class Engine:
 
     def _wait_s(self) -> float:
         """How long the next turn may wait for a message."""
-        if self.pending:
+        if self.pending or self._is_room_new:
             return 0.0
         if not self.scheduler.has_work:
             return IDLE_WAIT_S
-        return TRANSFER_WAIT_S if self.scheduler.is_only_transferring else 0.0
+        return self.transfer_wait_s if self.scheduler.is_only_transferring else 0.0
 
     def _take_result(self) -> list[RequestOutput]:
         try:
@@ -168,6 +178,7 @@ class Engine:
             return self._recover(failure)
         self.steps_total += bool(result.token_ids)  # a batch without rows is no step
         self._ended_transfers += result.kv_transfers
+        self._is_room_new = bool(result.kv_transfers)  # for those that wait for slots
         return self.scheduler.update(result)
 
     def _recover(self, failure: StepFailed) -> list[RequestOutput]:

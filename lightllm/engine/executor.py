@@ -8,7 +8,7 @@ which is what lets the scheduler reuse slots and rows without waiting.
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from lightllm.messages import EngineInfo, ScheduledBatch, StepOutput
 
@@ -35,6 +35,14 @@ class Executor(ABC):
     def info(self) -> EngineInfo:
         """Device, dtype and capacity of the loaded model."""
 
+    def watch(self, on_news: Callable[[], None]) -> bool:
+        """Have that called, in any thread, when a KV transfer has ended of which the next batch will tell.
+
+        Returns:
+            Whether it will be; if not, one has to ask now and then.
+        """
+        return False
+
     def check(self) -> None:
         """Raise WorkerDied if a worker is gone. Cheap: called in every turn of the loop."""
         return
@@ -55,6 +63,16 @@ class LaunchedLater:
         return self._launch.result().result()
 
 
+class AnsweredAtOnce(NamedTuple):
+    """A batch whose result was there when it was submitted."""
+
+    output: StepOutput
+
+    def result(self) -> StepOutput:
+        """See Pending."""
+        return self.output
+
+
 class InProcessExecutor(Executor):
     """One rank, in a thread of the engine process.
 
@@ -69,7 +87,13 @@ class InProcessExecutor(Executor):
         self._worker = self._thread.submit(load).result()
 
     def submit(self, batch: ScheduledBatch) -> Pending:
+        if batch.is_question:  # which any thread may ask, and answer at once
+            return AnsweredAtOnce(self._worker.launch(batch).result())
         return LaunchedLater(self._thread.submit(self._worker.launch, batch))
+
+    def watch(self, on_news: Callable[[], None]) -> bool:
+        self._worker.watch(on_news)
+        return True
 
     def info(self) -> EngineInfo:
         return self._worker.info()

@@ -5,6 +5,8 @@ both queues are unbounded because what may enter them is bounded by admission.
 """
 
 import logging
+import os
+import threading
 
 import msgspec
 import zmq
@@ -30,14 +32,24 @@ class ZmqLink:
             socket.setsockopt(zmq.LINGER, 200)
             socket.setsockopt(zmq.SNDHWM, 0)
             socket.setsockopt(zmq.RCVHWM, 0)
+        self._news = os.eventfd(0, os.EFD_CLOEXEC)
+        self._lock = threading.Lock()
+        self._is_closed = False
+        self._poller = zmq.Poller()
+        for source in (self._inbox, self._news):
+            self._poller.register(source, zmq.POLLIN)
         self._inbox.bind(address)
         self._outbox.connect(reply_address)
         self._decoder: msgspec.msgpack.Decoder[ToEngine] = messages.decoder(ToEngine)
 
     def receive(self, timeout_s: float) -> list[ToEngine]:
         received: list[ToEngine] = []
-        if timeout_s > 0 and not self._inbox.poll(int(timeout_s * 1000)):
-            return received
+        if timeout_s > 0:
+            ready = dict(self._poller.poll(int(timeout_s * 1000)))
+            if self._news in ready:
+                os.eventfd_read(self._news)
+            if self._inbox not in ready:
+                return received
         while True:
             try:
                 data = self._inbox.recv(zmq.NOBLOCK)
@@ -51,5 +63,14 @@ class ZmqLink:
     def send(self, message: FromEngine) -> None:
         self._outbox.send(messages.encode(message), zmq.NOBLOCK)
 
+    def wake(self) -> None:
+        """End a `receive` that waits, or else the next one that would; any thread may call this."""
+        with self._lock:
+            if not self._is_closed:
+                os.eventfd_write(self._news, 1)
+
     def close(self) -> None:
+        with self._lock:
+            self._is_closed = True
+            os.close(self._news)
         self._context.destroy()

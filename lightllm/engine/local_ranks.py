@@ -32,7 +32,7 @@ class LocalRanks:
         directory: private (mode 0700), for the ipc addresses.
         context: of zmq.
         reply_address: where the ranks push what they have to say.
-        meeting, host: see WorkerConfig.
+        meeting, host, bell_address: see WorkerConfig.
     """
 
     def __init__(
@@ -44,6 +44,7 @@ class LocalRanks:
         *,
         meeting: str,
         host: str,
+        bell_address: str = "",
     ) -> None:
         size = config.parallel.tp // config.parallel.nnodes
         first = config.parallel.node_rank * size
@@ -69,6 +70,7 @@ class LocalRanks:
                     reply_address=reply_address,
                     meeting=meeting,
                     host=host,
+                    bell_address=bell_address,
                 )
             )
 

@@ -5,8 +5,10 @@ Ranks say every second that they are alive. One that ends, or says nothing for S
 engine: what it held is lost, and the supervisor starts a new one. Runs in the engine process, on its thread.
 """
 
+import contextlib
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -79,6 +81,7 @@ class ProcessExecutor(Executor):
         self._machines = Machines(config, record, self._context, reply_address)
         self._machines.gather(lambda text: progress(text, 0, 0))
         is_alone = parallel.nnodes == 1
+        self._bell_address = f"ipc://{directory}/bell-{os.getpid()}" if is_alone else ""
         meeting = f"{directory}/ranks-meet-{os.getpid()}"
         self._local = LocalRanks(
             config,
@@ -87,9 +90,18 @@ class ProcessExecutor(Executor):
             reply_address,
             meeting=meeting if is_alone else f"{parallel.nccl_host}:{parallel.nccl_port}",
             host="127.0.0.1" if is_alone else parallel.nccl_host,
+            bell_address=self._bell_address,
         )
         while len(self._infos) < config.parallel.tp:
             self._receive(CHECK_INTERVAL_S)
+
+    def watch(self, on_news: Callable[[], None]) -> bool:
+        """See Executor. One has to ask all the same: other ranks may tell later than the leader answers."""
+        if self._bell_address:
+            bell = self._context.socket(zmq.PULL)
+            bell.bind(self._bell_address)
+            threading.Thread(target=_listen, args=(bell, on_news), name="bell", daemon=True).start()
+        return False
 
     def submit(self, batch: ScheduledBatch) -> StepInProcesses:
         body = messages.encode(batch)
@@ -178,6 +190,15 @@ class ProcessExecutor(Executor):
         self._machines.close()
         kinds: dict[int, type[LightLLMError]] = {2: ConfigError, 3: ModelLoadError, 4: BindError}
         raise kinds.get(failure.exit_code, WorkerDied)(failure.message)
+
+
+def _listen(bell: "zmq.Socket[bytes]", on_news: Callable[[], None]) -> None:
+    """Until the executor is closed."""
+    with contextlib.suppress(zmq.ContextTerminated):
+        while True:
+            bell.recv()
+            on_news()
+    bell.close(linger=0)
 
 
 class _JointProgress:

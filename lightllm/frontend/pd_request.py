@@ -3,6 +3,7 @@
 Plain state, changed by `pd_router` only. Runs in the frontend's event loop of a pd_master.
 """
 
+import secrets
 import time
 from collections import OrderedDict
 from typing import Any
@@ -22,14 +23,15 @@ class Leg:
     Attributes:
         kind: p = computes the prompt and ships its KV, d = receives that and decodes, s = all by itself.
         num_tokens: what was promised of the node's KV.
+        num_cached_tokens: of a prompt that it receives, so many were there.
         has_output: a token has come from it.
         sink: the request's, once its tokens go straight there and nothing else hangs on them; None before.
         tokens: the request's.
     """
 
     __slots__ = (
-        *("events", "has_output", "kind", "leg_id", "node", "num_tokens"),
-        *("routed", "sink", "state", "tokens"),
+        *("events", "has_output", "kind", "leg_id", "node", "num_cached_tokens"),
+        *("num_tokens", "routed", "sink", "state", "tokens"),
     )
 
     def __init__(self, leg_id: str, routed: "RoutedRequest", node: Node, kind: str, num_tokens: int) -> None:
@@ -38,6 +40,7 @@ class Leg:
         self.node = node
         self.kind = kind
         self.num_tokens = num_tokens
+        self.num_cached_tokens = 0
         self.has_output = False
         self.sink: OutputSink | None = None
         self.tokens = routed.tokens
@@ -53,13 +56,14 @@ class Leg:
 
     def describe(self) -> dict[str, Any]:
         """The published form."""
-        return {
+        found = {
             "node": self.node.node_id,
             "role": self.node.record.role,
             "leg": self.leg_id,
             "state": self.state,
             "events": self.events,
         }
+        return found if self.kind != "d" else {**found, "cached_tokens": self.num_cached_tokens}
 
 
 class RoutedRequest:
@@ -69,8 +73,10 @@ class RoutedRequest:
         request: as it came, with its final seed.
         tokens: what the client has got; another node goes on behind them.
         prefill, decode: the live legs.
-        chosen_prefill: node that computes the prompt once slots are reserved.
+        chosen_prefill: node that computes the prompt, at once or when slots are reserved.
         booked_tokens: what of its queue is ours.
+        is_reserved: the decode node has slots for what the prefill node computes.
+        early: outputs of the prefill leg that came before that; no client hears of a request without slots.
         has_first: the tokens of the decode leg may be passed on: the first one has come, or is its own.
         held: outputs of the decode leg that came too early.
         is_solo: no transfer any more; one node does it all.
@@ -87,11 +93,13 @@ class RoutedRequest:
         "booked_tokens",
         "chosen_prefill",
         "decode",
+        "early",
         "has_first",
         "has_shared_prompt",
         "held",
         "is_new",
         "is_pinned",
+        "is_reserved",
         "is_solo",
         "last_failure",
         "legs",
@@ -116,6 +124,8 @@ class RoutedRequest:
         self.chosen_prefill: Node | None = None
         self.booked_tokens = 0
         self.ticket = ""
+        self.is_reserved = False
+        self.early: list[RequestOutput] = []
         self.has_first = False
         self.held: list[RequestOutput] = []
         self.is_new = True
@@ -141,14 +151,13 @@ class RoutedRequest:
         source = KVSource(node_id=prefill.node_id, epoch=prefill.info.kv_epoch, ticket=self.ticket)
         return self._leg(leg_id, recv_kv_from=source, is_first=False)
 
-    def for_prefill(self, leg_id: str, decode: Node, num_cached_tokens: int) -> EngineRequest:
-        """For the node that computes the prompt; `decode` has slots for its KV, and some of it already."""
+    def for_prefill(self, leg_id: str, decode: Node) -> EngineRequest:
+        """For the node that computes the prompt; its KV goes to `decode`, which has slots for it or will."""
         target = KVTarget(
             node_id=decode.node_id,
             epoch=decode.info.kv_epoch,
             address=decode.info.kv_address,
             ticket=self.ticket,
-            num_cached_tokens=num_cached_tokens,
         )
         return self._leg(leg_id, send_kv_to=target)
 
@@ -170,6 +179,12 @@ class RoutedRequest:
             self.wait_until_s = now + limit_s
             self.note("waits for a node")
 
+    def book(self, prefill: Node) -> None:
+        """That node is to compute the prompt; known at once, so that those that come together are spread."""
+        self.chosen_prefill, self.ticket = prefill, secrets.token_hex(16)
+        self.booked_tokens = len(self.request.prompt_token_ids)
+        prefill.queued_tokens += self.booked_tokens
+
     def unbook(self) -> None:
         """Its prompt is no longer in the queue of the node that was to compute it."""
         if self.chosen_prefill is not None:
@@ -180,8 +195,9 @@ class RoutedRequest:
         """Its legs have ended; whatever comes next begins anew behind the client's tokens."""
         self.unbook()
         self.chosen_prefill = None
+        self.is_reserved = self.has_first = False
+        self.early.clear()
         self.held.clear()
-        self.has_first = False
 
     def describe(self) -> list[dict[str, Any]]:
         """One entry for the master, one for each leg."""

@@ -10,7 +10,6 @@ queue per token.
 import asyncio
 import logging
 import random
-import secrets
 import time
 from collections import deque
 from typing import Any
@@ -43,15 +42,10 @@ PUMP_S = 0.25
 FULL_RETRY_S = 0.5
 MAX_ATTEMPTS = 6
 NO_NODES_RETRY_S = 5
-# Ends of a leg that say something about the node or the transfer, not about the request.
-ELSEWHERE = frozenset(
-    (
-        *("engine_down", "node_lost", "kv_transfer_failed", "lease_expired"),
-        *("draining", "loading", "queue_full", "kv_full"),
-    )
-)
-# Of these, the ones that another request would meet at this node, too.
+# Ends of a leg that another request would meet at this node, too.
 NODE_FAULTS = frozenset(("engine_down", "draining", "loading", "queue_full"))
+# All that say something about the node or the transfer, not about the request.
+ELSEWHERE = frozenset((*NODE_FAULTS, "node_lost", "kv_transfer_failed", "lease_expired", "kv_full"))
 
 
 class PDRouter:
@@ -256,33 +250,43 @@ class PDRouter:
         self._send(leg, routed.resumed(leg.leg_id))
 
     def _reserve(self, routed: RoutedRequest, prefill: Node, decode: Node) -> None:
-        """Ask the decode node for slots; the prefill node hears of the request once there are some."""
+        """Ask the decode node for slots, and have the prompt computed.
+
+        The prefill node need not wait for the answer where there is room by all that is known here: no KV
+        leaves it before there are slots. Else it hears of the request once there are some.
+        """
         leg = self._legs.new(routed, decode, "d")
-        routed.decode, routed.chosen_prefill, routed.ticket = leg, prefill, secrets.token_hex(16)
-        # Booked at once, so that requests that come together are spread.
-        prefill.queued_tokens += len(routed.request.prompt_token_ids)
-        routed.booked_tokens = len(routed.request.prompt_token_ids)
+        routed.decode = leg
+        routed.book(prefill)
+        if decode.free_tokens >= 0:
+            self._prefill(routed, prefill, decode)
         self._send(leg, routed.for_decode(leg.leg_id, prefill))
 
+    def _prefill(self, routed: RoutedRequest, prefill: Node, decode: Node) -> None:
+        leg = routed.prefill = self._legs.new(routed, prefill, "p")
+        self._send(leg, routed.for_prefill(leg.leg_id, decode))
+        prefill.prefixes.insert(routed.request.prompt_token_ids)
+
     def on_reserved(self, node: Node, message: KVReserved) -> None:
-        """The decode node has slots: now the prompt is computed."""
+        """The decode node has slots: the prompt is computed now, or its first token may be passed on."""
         leg = self._legs.get(message.request_id)
         if leg is None or leg.node is not node:
             return
         routed, prefill = leg.routed, leg.routed.chosen_prefill
-        if routed.decode is not leg or routed.prefill is not None or prefill is None:
+        if routed.decode is not leg or routed.is_reserved or prefill is None:
             return
         leg.note("reserved")
-        routed.wait_until_s = 0.0
-        if self.directory.get(prefill.node_id) is not prefill:
+        leg.num_cached_tokens = message.num_cached_tokens
+        routed.wait_until_s, routed.is_reserved = 0.0, True
+        if routed.prefill is not None:
+            early, routed.early = routed.early, []
+            self.on_outputs(routed.prefill.node, early)
+        elif self.directory.get(prefill.node_id) is prefill:
+            self._prefill(routed, prefill, node)
+        else:
             self._abort_leg(leg)
             routed.forget_attempt()
             self._route(routed)
-            return
-        routed.prefill = self._legs.new(routed, prefill, "p")
-        prefill.prefixes.insert(routed.request.prompt_token_ids)
-        request = routed.for_prefill(routed.prefill.leg_id, node, message.num_cached_tokens)
-        self._send(routed.prefill, request)
 
     def _send(self, leg: Leg, request: EngineRequest) -> None:
         leg.note("sent")
@@ -306,9 +310,12 @@ class PDRouter:
                 self._take(leg, output)
 
     def _take(self, leg: Leg, output: RequestOutput) -> None:
-        if output.finish_reason is not None:
+        routed = leg.routed
+        if leg is routed.prefill and not routed.is_reserved and output.error is None:
+            routed.early.append(output)
+        elif output.finish_reason is not None:
             self._last_output(leg, output)
-        elif leg.routed.decode is leg:
+        elif routed.decode is leg:
             self._decoded(leg, output)
         else:
             self._prefilled(leg, output)

@@ -68,6 +68,10 @@ class BatchColumns:
         self._is_sampling.append(is_sampling)
         self._send_slots(request, count)
 
+    def chunks(self, first: int) -> list[tuple[Request, int]]:
+        """Requests from the `first` on, each with the number of its positions."""
+        return list(zip(self.requests[first:], self._num_new_tokens[first:], strict=True))
+
     def finish(self, step_id: int, freed_rows: list[int], orders: Orders) -> ScheduledBatch:
         """The batch; these columns must not be used any more."""
         return ScheduledBatch(

@@ -79,7 +79,7 @@ class Request:
         drafting: how its tokens are drafted; None until they are.
         prompt_logprobs: by position; None where not asked for, or delivered already.
         is_in_row: whether the worker knows that the request is in `row`.
-        send_kv_to: where its KV goes; num_ordered_tokens of it are ordered, or at the target already.
+        send_kv_to: where its KV goes; num_ordered_tokens of it are ordered.
         recv_kv_from: from where its KV comes; None again once it is there.
         lease_until_s, admit_until_s: when it ends if it is not renewed, or not admitted.
         events: what happened to it, and when (Unix seconds).
@@ -147,7 +147,7 @@ class Request:
 
         self.send_kv_to: KVTarget | None = message.send_kv_to
         self.recv_kv_from: KVSource | None = message.recv_kv_from
-        self.num_ordered_tokens = 0 if message.send_kv_to is None else message.send_kv_to.num_cached_tokens
+        self.num_ordered_tokens = 0
         self.lease_until_s = math.inf
         self.admit_until_s = math.inf
 

@@ -194,11 +194,11 @@ class Scheduler:
         is_asking = bool(self._transfers.live) and not self._steps
         if not (batch.requests or self._transfers.has_orders or is_asking):
             return None
-        prefills = batch.requests[len(decodes) :]
-        for request in prefills:
+        prefills = batch.chunks(len(decodes))
+        for request, count in prefills:
             self._cache.share(request)
             if request.send_kv_to is not None:
-                self._transfers.ship(request, now_s)
+                self._transfers.ship(request, count, now_s)
             if request.is_prompt_computed:
                 self._release_siblings(request)
         return self._emit(batch, "decode" if not prefills else "mixed" if decodes else "prefill")

@@ -54,29 +54,31 @@ class Transfers:
         )
         self._reservations.append(KVReserved(request_id=request.request_id, num_cached_tokens=start))
 
-    def ship(self, request: Request, now_s: float) -> None:
-        """Order what the next step computes of the request, and what is in the cache before that.
+    def ship(self, request: Request, count: int, now_s: float) -> None:
+        """Order what the next step computes of the request, `count` tokens, and what is cached before that.
 
         The slots must be those that stay: after the request's chunk has been shared.
         """
-        start, stop = request.num_ordered_tokens, request.num_computed_tokens
-        if start >= stop:
-            return
+        stop = request.num_computed_tokens
         is_last = stop == len(request.token_ids)
         if is_last:
             request.note("prompt_computed", now_s)
-        request.num_ordered_tokens = stop
         self.live[request.request_id] = request
-        self._orders.sends.append(
-            KVTransferOrder(
-                request_id=request.request_id,
-                start=start,
-                slots=request.slots[start:stop],
-                token_ids=request.token_ids[:] if is_last else pack(),
-                row=request.row,
-                target=request.send_kv_to,
+        for edge in (stop - count, stop):
+            start, request.num_ordered_tokens = request.num_ordered_tokens, edge
+            if start == edge:
+                continue
+            self._orders.sends.append(
+                KVTransferOrder(
+                    request_id=request.request_id,
+                    start=start,
+                    slots=request.slots[start:edge],
+                    token_ids=request.token_ids[:] if is_last and edge == stop else pack(),
+                    row=request.row,
+                    is_computed=edge < stop,
+                    target=request.send_kv_to,
+                )
             )
-        )
 
     def cancel(self, request: Request) -> None:
         """Ask the transport to let go of a live transfer."""

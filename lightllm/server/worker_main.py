@@ -4,6 +4,7 @@ Started as `python -m lightllm.worker` by engine/local_ranks.py. The rank's firs
 line. A rank ends with the process that started it, even when it is frozen.
 """
 
+import contextlib
 import ctypes
 import logging
 import os
@@ -97,6 +98,11 @@ class Outbox:
         with self._lock:
             self._socket.send(messages.encode(message), zmq.NOBLOCK)
 
+    def ring(self) -> None:
+        """Send an empty message, if somebody is there."""
+        with self._lock, contextlib.suppress(zmq.Again):
+            self._socket.send(b"", zmq.NOBLOCK)
+
     def close(self) -> None:
         """Let what was sent last leave."""
         with self._lock:
@@ -111,6 +117,8 @@ def _serve(
     inbox.connect(place.address)
     decoder = messages.decoder(ScheduledBatch)
     worker = _load(config, place, outbox)
+    if place.bell_address:
+        worker.watch(Outbox(context, place.bell_address).ring)
     settle_memory()
     outbox.send(RankReady(rank=place.rank, info=worker.info()))
     answers = Answers(outbox, place.rank)

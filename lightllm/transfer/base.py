@@ -13,7 +13,7 @@ import logging
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -34,13 +34,14 @@ class Limits(NamedTuple):
         handshake_s: for the whole of dialling and greeting.
         silence_s: for the next word of a peer that owes one; one that is silent for longer has failed.
         alive_s: a sender with nothing to send says so this often.
-        ticket_s: a peer that dials may be so much earlier than the order to expect it.
+        ticket_s: a peer that dials may be so much earlier than the order to expect it; longer than a request
+            waits for slots, so that the one who says that there are none is its engine.
     """
 
     handshake_s: float = 5.0
     silence_s: float = 10.0
     alive_s: float = 1.0
-    ticket_s: float = 5.0
+    ticket_s: float = 8.0
 
 
 def fault_of(error: Exception) -> str:
@@ -69,9 +70,14 @@ class Endings(NamedTuple):
 
 
 class Ledger:
-    """Endings on their way from the transport's threads to the worker's."""
+    """Endings on their way from the transport's threads to the worker's.
+
+    Attributes:
+        on_news: called, in any thread, when there is one.
+    """
 
     def __init__(self) -> None:
+        self.on_news: Callable[[], None] = lambda: None
         self._lock = threading.Lock()
         self._endings = Endings([], [], [], [])
 
@@ -86,6 +92,7 @@ class Ledger:
                     self._endings.failed.append(ending)
                 case _:
                     self._endings.sent.append(ending)
+        self.on_news()
 
     def take(self) -> Endings:
         """All since the last call."""
@@ -117,7 +124,7 @@ class Hold:
         self._ledger = ledger
         self._lock = threading.Lock()
         self._is_over = False
-        self._num_done = 0
+        self._idle_s: list[float] = []  # of the parts that have come through
 
     @property
     def is_over(self) -> bool:
@@ -141,8 +148,11 @@ class Hold:
         with self._lock:
             self.num_bytes += num_bytes
 
-    def end_part(self, ending: KVArrival | str) -> None:
+    def end_part(self, ending: KVArrival | str, idle_s: float) -> None:
         """One part has come through; the last one ends the transfer.
+
+        Args:
+            idle_s: for so long it waited for the sender's engine with nothing on its way.
 
         Raises:
             KVTransferError: it has been given up.
@@ -150,8 +160,8 @@ class Hold:
         with self._lock:
             if self._is_over:
                 raise KVTransferError(f"the transfer of {self.request_id} was given up here")
-            self._num_done += 1
-            is_last = self._num_done == self.num_parts
+            self._idle_s.append(idle_s)
+            is_last = len(self._idle_s) == self.num_parts
         if is_last and not self.end(ending):
             raise KVTransferError(f"the transfer of {self.request_id} was given up here")
 
@@ -167,11 +177,11 @@ class Hold:
             transport=self.lane or "none",
             fault=fault,
             num_bytes=self.num_bytes,
-            duration_s=time.monotonic() - self.began_s,
+            duration_s=time.monotonic() - self.began_s - min(self._idle_s, default=0.0),
         )
+        self._ledger.note(ending, transfer)
         if self.lane:
             self._log(transfer)
-        self._ledger.note(ending, transfer)
         return True
 
     def _log(self, transfer: KVTransfer) -> None:
@@ -190,6 +200,13 @@ class Transport(ABC):
     """Moves KV. `address` is where peers dial; empty if they cannot."""
 
     address = ""
+
+    def __init__(self) -> None:
+        self._ledger = Ledger()
+
+    def watch(self, on_news: Callable[[], None]) -> None:
+        """Have that called, in any thread, when `poll` has something to tell."""
+        self._ledger.on_news = on_news
 
     @abstractmethod
     def receive(self, order: KVTransferOrder, free: Moment) -> None:
@@ -210,9 +227,9 @@ class Transport(ABC):
         When this returns its slots are not touched any more, and its ending waits for the next poll.
         """
 
-    @abstractmethod
     def poll(self) -> Endings:
-        """What has ended since the last call; never waits."""
+        """What has ended since the last call; never waits. Any thread may ask."""
+        return self._ledger.take()
 
     @abstractmethod
     def close(self) -> None:
@@ -224,14 +241,11 @@ class NullTransport(Transport):
 
     REASON = "this node has no KV link; start it with --run_mode prefill or decode"
 
-    def __init__(self) -> None:
-        self._ledger = Ledger()
-
     def receive(self, order: KVTransferOrder, free: Moment) -> None:
         Hold(order.request_id, self._ledger, "received").fail(self.REASON, "no_link")
 
     def send(self, order: KVTransferOrder, written: Moment) -> None:
-        if order.target is not None and order.start == order.target.num_cached_tokens:
+        if order.start == 0:
             Hold(order.request_id, self._ledger, "sent").fail(self.REASON, "no_link")
 
     def complete(self, request_id: str, first_token_id: int) -> None:
@@ -239,9 +253,6 @@ class NullTransport(Transport):
 
     def cancel(self, request_id: str) -> None:
         return
-
-    def poll(self) -> Endings:
-        return self._ledger.take()
 
     def close(self) -> None:
         return

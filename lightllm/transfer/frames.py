@@ -13,7 +13,7 @@ Behind Accepted the next transfer may begin on the same connection; behind Refus
 Frozen structs with a schema; anything else ends the transfer.
 """
 
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -21,6 +21,8 @@ from lightllm.cluster_link import Refused
 from lightllm.messages import KVLayout
 
 PURPOSE = "kv"
+
+Seconds = Annotated[float, msgspec.Meta(ge=0)]
 
 
 class Frame(msgspec.Struct, frozen=True, tag=True, kw_only=True, forbid_unknown_fields=True):
@@ -35,31 +37,32 @@ class LaneOffer(Frame, frozen=True):
 
 
 class Opening(Frame, frozen=True):
-    """What this rank of the sender wants to ship, to whom, and how; `start` is the first position of it."""
+    """What this rank of the sender wants to ship, to whom, and how."""
 
     ticket: str
     target_epoch: int
-    start: int
     rank: int
     layout: KVLayout
     lanes: list[LaneOffer]
 
 
 class Choice(Frame, frozen=True):
-    """The receiver takes the transfer, by this lane."""
+    """The receiver takes the transfer, by this lane, from position `start` on; it has what is before that."""
 
     lane: str
+    start: Annotated[int, msgspec.Meta(ge=0)]
 
 
 class Block(Frame, frozen=True):
     """`count` tokens from position `start` on are ready; `index` counts the blocks of a transfer.
 
-    `fields` are the lane's own.
+    `fields` are the lane's own. Before this one the sender has waited `waited_s` for its engine.
     """
 
     index: int
     start: int
     count: int
+    waited_s: Seconds = 0.0
     fields: bytes = b""
 
 
@@ -72,7 +75,7 @@ class Alive(Frame, frozen=True):
 
 
 class Complete(Frame, frozen=True):
-    """All is sent: `num_tokens` in all with those that were there; see plan.digest."""
+    """All is sent: `num_tokens` in all with those that were there; see plan.digest. `waited_s`: as above."""
 
     ticket: str
     source_epoch: int
@@ -80,6 +83,7 @@ class Complete(Frame, frozen=True):
     num_tokens: int
     first_token_id: int
     digest: bytes
+    waited_s: Seconds = 0.0
 
 
 class Accepted(Frame, frozen=True):

@@ -9,7 +9,6 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Callable
 from functools import partial
 
 import msgspec
@@ -19,8 +18,9 @@ from lightllm.device.base import Moment
 from lightllm.errors import BindError, KVTransferError
 from lightllm.messages import KVTransferOrder
 from lightllm.transfer import frames
-from lightllm.transfer.base import Endings, Hold, Ledger, Transport, fault_of
+from lightllm.transfer.base import Hold, Transport, fault_of
 from lightllm.transfer.channel import Channel
+from lightllm.transfer.crew import Crew
 from lightllm.transfer.frames import Choice, LaneOffer, Opening
 from lightllm.transfer.lane import Cut, LaneUnavailable, ReceivingEnd
 from lightllm.transfer.peers import KEPT_S, Peers
@@ -47,13 +47,13 @@ class KVLink(Transport):
     """
 
     def __init__(self, node: Node, host: str, port: int, advertised_host: str | None = None) -> None:
+        super().__init__()
         self._node = node
-        self._ledger = Ledger()
         self._sendings: dict[str, Sending] = {}
         self._receipts: dict[str, Receipt] = {}  # by ticket
         self._changed = threading.Condition()
         self._choices: dict[str, str] = {}  # by node
-        self._threads: set[threading.Thread] = set()
+        self._crew = Crew()
         self._connections: set[Channel] = set()
         self._peers = Peers()
         self._is_closed = False
@@ -65,7 +65,7 @@ class KVLink(Transport):
         shown = advertised_host or host
         shown = f"[{shown}]" if ":" in shown else shown
         self.address = f"tcp://{shown}:{self._listener.getsockname()[1]}"
-        self._start(self._accept, "kv-link")
+        self._crew.do(self._accept)
 
     def receive(self, order: KVTransferOrder, free: Moment) -> None:
         hold = Hold(order.request_id, self._ledger, "received")
@@ -80,15 +80,14 @@ class KVLink(Transport):
 
     def send(self, order: KVTransferOrder, written: Moment) -> None:
         sending = self._sending(order.request_id)
-        assert order.target is not None, "an order to send names its target"
-        if order.start == order.target.num_cached_tokens:
+        if order.start == 0:
             hold = Hold(order.request_id, self._ledger, "sent")
             sending = Sending(self._node, self._peers, order, hold)
             with self._changed:
                 self._forget_ended()
                 self._sendings[order.request_id] = sending
             for shipment in sending.shipments:
-                self._start(partial(self._ship, sending, shipment), "kv-send")
+                self._crew.do(partial(self._ship, sending, shipment))
         if sending is not None:
             sending.add(order, written)
 
@@ -103,9 +102,6 @@ class KVLink(Transport):
         for transfer in moving:
             if transfer.hold.request_id == request_id and transfer.hold.fail("cancelled", "cancelled"):
                 transfer.interrupt()
-
-    def poll(self) -> Endings:
-        return self._ledger.take()
 
     def close(self) -> None:
         self._is_closed = True
@@ -123,20 +119,8 @@ class KVLink(Transport):
             channel.interrupt()
         self._peers.close()
         # A thread inside torch when the interpreter ends would take the process down with it.
-        until_s = time.monotonic() + CLOSE_LIMIT_S
-        for thread in self._running():
-            thread.join(max(0.0, until_s - time.monotonic()))
+        self._crew.close(time.monotonic() + CLOSE_LIMIT_S)
         self._node.lanes.close()
-
-    def _start(self, work: Callable[[], None], name: str) -> None:
-        thread = threading.Thread(target=work, name=name, daemon=True)
-        with self._changed:
-            self._threads = {other for other in self._threads if other.is_alive()} | {thread}
-            thread.start()
-
-    def _running(self) -> list[threading.Thread]:
-        with self._changed:
-            return [thread for thread in self._threads if thread.is_alive()]
 
     # ------------------------------------------------------------ in threads
 
@@ -163,7 +147,7 @@ class KVLink(Transport):
                 if is_full:
                     logger.warning("KV link: more than %d connections; one was refused", MAX_CONNECTIONS)
             else:
-                self._start(partial(self._serve, channel, str(peer[0])), "kv-receive")
+                self._crew.do(partial(self._serve, channel, str(peer[0])))
 
     def _serve(self, channel: Channel, peer: str) -> None:
         """One connection, from its greeting to its end; transfers one after the other."""
@@ -212,7 +196,7 @@ class KVLink(Transport):
         try:
             lane, end, cut = self._choose_lane(opening.lanes, intake)
             receipt.hold.lane = lane
-            channel.send(Choice(lane=lane), self._node.limits.handshake_s)
+            channel.send(Choice(lane=lane, start=receipt.start), self._node.limits.handshake_s)
             intake.run(channel, end, cut)
             receipt.release(channel)
             is_done = True
@@ -251,8 +235,6 @@ class KVLink(Transport):
             raise LinkRefused("bad_ticket", "the ticket was used, or the transfer was given up")
         differences = node.layout.differences(opening.layout)
         diff = tuple(f"{name}: here {own!r}, there {other!r}" for name, own, other in differences)
-        if opening.start != receipt.start:
-            diff = (*diff, f"first position: here {receipt.start}, there {opening.start}")
         if diff:
             text = f"the KV of the two nodes does not fit: {'; '.join(diff)}"
             receipt.hold.fail(text, "bad_layout")

@@ -6,9 +6,10 @@ kernel runs in a queue of its own, while it holds the slots that it writes. The 
 are until all blocks are acknowledged, unless it gives the transfer up; then what was read last may be of
 something else, but no COMPLETE follows, and so nobody uses it.
 
-A label at the end of the pool proves that the two mean the same memory: it is compared whenever a transfer
-opens it. A pool is closed here as soon as its process has ended, since what is open keeps the memory of the
-GPU taken.
+A label at the end of the pool, drawn anew for each, proves that the two mean the same memory: it is compared
+when a pool is opened. A later offer with the same label is one of the same pool, which stays mapped here
+whatever becomes of the number of its process. A pool is closed as soon as its process has ended, since what
+is open keeps the memory of the GPU taken.
 """
 
 import hmac
@@ -127,16 +128,15 @@ class P2PLane(Lane):
         with self._lock:
             peer = self._peers.get(fields)
             if peer is None or peer.is_closed:
-                peer = self._peers[fields] = PeerPool(self, _decoded(fields))
-            self._peers = {offer: pool for offer, pool in self._peers.items() if not pool.is_closed}
-        try:
-            peer.check()
-        except LaneUnavailable:
-            # The next transfer opens it anew: this may be what a dead process of the same number had.
-            with self._lock:
-                self._peers.pop(fields, None)
-            peer.stop()
-            raise
+                peer = PeerPool(self, _decoded(fields))
+                self._peers = {offer: pool for offer, pool in self._peers.items() if not pool.is_closed}
+                try:
+                    peer.check()
+                except LaneUnavailable:
+                    # The next transfer opens it anew: this may be what a dead process of that number had.
+                    peer.stop()
+                    raise
+                self._peers[fields] = peer
         theirs, ours = peer.offer.heads, cut.rows.heads
         if ours.start < theirs.start or ours.stop > theirs.stop:
             raise LaneUnavailable(f"the sender's pool has KV heads {_shown(theirs)}, not {_shown(ours)}")

@@ -97,6 +97,9 @@ class Intake:
         self.rows = receipt.node.rows.part(heads)
         self._chunks: list[tuple[int, int]] = []
         self._num_there = 0
+        self._digest = b""
+        self._idle_s = 0.0
+        self._last_s = 0.0
 
     def run(self, channel: Channel, end: ReceivingEnd, cut: Cut) -> None:
         """Take blocks until the sender has completed; ends the hold, or its part of it.
@@ -105,12 +108,16 @@ class Intake:
             KVTransferError, LinkBroken: the transfer has failed; the hold's ending says why.
         """
         hold, node = self.receipt.hold, self.receipt.node
+        self._last_s = time.monotonic()
         try:
             while True:
                 match channel.receive(frames.FromSender, node.limits.silence_s):
                     case Block() as block:
+                        self._note_idle(block.waited_s)
                         self._take(channel, end, cut, block)
+                        self._last_s = time.monotonic()
                     case Complete() as complete:
+                        self._note_idle(complete.waited_s)
                         self._accept(channel, complete)
                         return
                     case Alive():
@@ -120,6 +127,10 @@ class Intake:
             hold.fail(reason, fault_of(error))
             self._tell(channel, reason)
             raise
+
+    def _note_idle(self, waited_s: float) -> None:
+        """Both ends waited for the sender's engine: the sender so long, this one since its last block."""
+        self._idle_s += min(waited_s, time.monotonic() - self._last_s)
 
     def _take(self, channel: Channel, end: ReceivingEnd, cut: Cut, block: Block) -> None:
         receipt = self.receipt
@@ -140,6 +151,8 @@ class Intake:
         self._num_there = stop
         receipt.hold.moved(size)
         channel.send(Ack(), receipt.node.limits.silence_s)
+        if stop == len(receipt.slots):  # while the sender prepares its last word
+            self._digest = digest(receipt.node.layout, self.rows.heads, receipt.token_ids, self._chunks)
 
     def _accept(self, channel: Channel, complete: Complete) -> None:
         receipt = self.receipt
@@ -148,7 +161,7 @@ class Intake:
             "source_epoch": receipt.source.epoch,
             "target_epoch": receipt.node.epoch,
             "num_tokens": len(receipt.token_ids),
-            "digest": digest(receipt.node.layout, self.rows.heads, receipt.token_ids, self._chunks),
+            "digest": self._digest,
         }
         wrong = [name for name, value in ours.items() if getattr(complete, name) != value]
         if self._num_there != len(receipt.slots):
@@ -159,7 +172,7 @@ class Intake:
             text = f"the sender's end does not match: {', '.join(wrong)}"
             raise KVTransferError(text, fault="not_accepted")
         arrival = KVArrival(request_id=receipt.hold.request_id, first_token_id=complete.first_token_id)
-        receipt.hold.end_part(arrival)
+        receipt.hold.end_part(arrival, self._idle_s)
         channel.send(Accepted(), receipt.node.limits.silence_s)
 
     def _tell(self, channel: Channel, reason: str) -> None:

@@ -11,7 +11,8 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import msgspec
@@ -156,7 +157,7 @@ class Shipment:
         self._address = address
         self._rows = node.rows.part(heads)
         self._target: KVTarget = first.target
-        self._start = first.start
+        self._start = 0
         self._orders: deque[tuple[KVTransferOrder, Moment]] = deque()
         self._first_token_id: int | None = None
         self._news = os.eventfd(0, os.EFD_CLOEXEC)
@@ -165,6 +166,9 @@ class Shipment:
         self._is_closed = False
         self._chunks: list[tuple[int, int]] = []
         self._num_unacknowledged = 0
+        self._acknowledged_s = 0.0
+        self._waited_s = 0.0
+        self._idle_s = 0.0
 
     def add(self, order: KVTransferOrder, written: Moment) -> None:
         """Ship this, too, once the device is past that moment; called in the order of positions."""
@@ -202,9 +206,11 @@ class Shipment:
             token_ids = pack()
             while not token_ids:
                 token_ids = self._ship_next(channel, end)
-            self._wait_until(lambda: self._first_token_id is not None, channel)
-            self._complete(channel, token_ids)
-            self.hold.end_part(self.hold.request_id)
+            agreed = digest(self._node.layout, self._rows.heads, token_ids, self._chunks)
+            with self._waiting_for_engine():
+                self._wait_until(lambda: self._first_token_id is not None, channel)
+            self._complete(channel, len(token_ids), agreed)
+            self.hold.end_part(self.hold.request_id, self._idle_s)
             is_done = True
         except (KVTransferError, LinkBroken, LinkRefused, msgspec.DecodeError, OSError) as error:
             reason = f"sending KV to {self._target.node_id} at {self._address}: {error}"
@@ -216,11 +222,15 @@ class Shipment:
         return is_done
 
     def _ship_next(self, channel: Channel, end: SendingEnd) -> Ints:
-        """Ship the next order; returns its `token_ids`, which only the last one has."""
-        self._wait_until(lambda: bool(self._orders), channel)
-        order, written = self._orders.popleft()
-        written.wait()
-        for start, slots in blocks(order.start, order.slots, end.cut.tokens_per_block):
+        """Ship what the receiver lacks of the next order; its `token_ids`, which only the last one has."""
+        with self._waiting_for_engine():
+            self._wait_until(lambda: bool(self._orders), channel)
+            order, written = self._orders.popleft()
+            written.wait()
+        num_there = max(0, self._start - order.start)
+        for start, slots in blocks(
+            order.start + num_there, order.slots[num_there:], end.cut.tokens_per_block
+        ):
             self._ship(channel, end, start, slots)
         return order.token_ids
 
@@ -230,7 +240,9 @@ class Shipment:
             self._take_ack(channel)
         with self.hold.touching():
             fields = end.pack(index, slots)
-        channel.send(Block(index=index, start=start, count=len(slots), fields=fields), self._silence_s)
+        waited_s, self._waited_s = self._waited_s, 0.0
+        block = Block(index=index, start=start, count=len(slots), fields=fields, waited_s=waited_s)
+        channel.send(block, self._silence_s)
         end.push(channel, index, size, self._silence_s)
         self._chunks.append((start, len(slots)))
         self._num_unacknowledged += 1
@@ -282,7 +294,6 @@ class Shipment:
         return Opening(
             ticket=self._target.ticket,
             target_epoch=self._target.epoch,
-            start=self._start,
             rank=node.rank,
             layout=node.layout,
             lanes=[LaneOffer(name=name, fields=end.offer()) for name, end in ends.items()],
@@ -294,13 +305,23 @@ class Shipment:
         channel.send(opening, limits.handshake_s)
         # The receiver may wait for its own order first.
         match channel.receive(frames.FirstFromReceiver, limits.handshake_s + limits.ticket_s):
-            case Choice(lane=lane) if lane in ends:
-                self.hold.lane = lane
+            case Choice(lane=lane, start=start) if lane in ends:
+                self.hold.lane, self._start = lane, start
                 return ends[lane]
             case Refused(code=code, text=text, diff=diff):
                 raise LinkRefused(code, text, diff=diff)
             case other:
                 raise LinkBroken(f"the peer answered {other!r}, offered were {', '.join(ends)}")
+
+    @contextmanager
+    def _waiting_for_engine(self) -> Iterator[None]:
+        """Count the time; it is idle time from when all that was sent had been taken."""
+        began_s = time.monotonic()
+        yield
+        now_s = time.monotonic()
+        self._waited_s += now_s - began_s
+        if not self._num_unacknowledged:
+            self._idle_s += now_s - max(began_s, self._acknowledged_s)
 
     def _wait_until(self, is_ready: Callable[[], bool], channel: Channel) -> None:
         """Wait for the engine, listen to the peer meanwhile, and let it know that we live."""
@@ -327,12 +348,13 @@ class Shipment:
         match channel.receive(frames.FromReceiver, self._silence_s):
             case Ack() if self._num_unacknowledged:
                 self._num_unacknowledged -= 1
+                self._acknowledged_s = time.monotonic()
             case Rejected(reason=reason):
                 raise KVTransferError(f"the receiver gave up: {reason}", fault="not_accepted")
             case other:
                 raise LinkBroken(f"{type(other).__name__} out of turn")
 
-    def _complete(self, channel: Channel, token_ids: Ints) -> None:
+    def _complete(self, channel: Channel, num_tokens: int, agreed: bytes) -> None:
         assert self._first_token_id is not None
         while self._num_unacknowledged:
             self._take_ack(channel)
@@ -340,9 +362,10 @@ class Shipment:
             ticket=self._target.ticket,
             source_epoch=self._node.epoch,
             target_epoch=self._target.epoch,
-            num_tokens=len(token_ids),
+            num_tokens=num_tokens,
             first_token_id=self._first_token_id,
-            digest=digest(self._node.layout, self._rows.heads, token_ids, self._chunks),
+            digest=agreed,
+            waited_s=self._waited_s,
         )
         channel.send(complete, self._silence_s)
         match channel.receive(frames.FromReceiver, self._silence_s):

@@ -15,10 +15,10 @@ from lightllm.config import Config
 from lightllm.device.base import Device
 from lightllm.distributed.shares import kv_head_ranges
 from lightllm.errors import ConfigError
-from lightllm.messages import EngineInfo, KVLayout, ScheduledBatch, StepOutput
+from lightllm.messages import EngineInfo, KVLayout, KVTransferOrder, ScheduledBatch, StepOutput
 from lightllm.model_config import ModelConfig
 from lightllm.transfer import LANES
-from lightllm.transfer.base import Endings, Limits, NullTransport, Transport
+from lightllm.transfer.base import Limits, NullTransport, Transport
 from lightllm.transfer.lane import LaneUnavailable, open_lanes
 from lightllm.transfer.link import KVLink
 from lightllm.transfer.plan import HostRows, KVRows
@@ -45,7 +45,12 @@ class ExchangingRunner(Runner):
         self._has_failed = False
 
     def launch(self, batch: ScheduledBatch) -> LaunchedStep:
-        """Launch one step between the orders that it must come behind and those that come behind it."""
+        """Launch one step between the orders that it must come behind and those that come behind it.
+
+        A batch that only asks touches nothing but the transport: any thread may launch it.
+        """
+        if batch.is_question:
+            return LaunchedStep(partial(self._told, StepOutput(step_id=batch.step_id, token_ids=[])))
         if self._has_failed and not batch.is_restart:
             raise RuntimeError("a step before this one has failed")
         self._has_failed = True
@@ -60,23 +65,31 @@ class ExchangingRunner(Runner):
             free = self.device.mark()
             for order in batch.kv_recvs:
                 self.transport.receive(order, free)
+        self._send([order for order in batch.kv_sends if order.is_computed])
         step = self.runner.launch(batch)
-        if batch.kv_sends:
-            written = self.device.mark()
-            for order in batch.kv_sends:
-                self.transport.send(order, written)
-        endings = self.transport.poll()
-        if not batch.kv_sends and not any(endings):
-            return step
-        return LaunchedStep(partial(self._collect, step, batch, endings))
+        self._send([order for order in batch.kv_sends if not order.is_computed])
+        return LaunchedStep(partial(self._collect, step, batch))
 
-    def _collect(self, step: LaunchedStep, batch: ScheduledBatch, endings: Endings) -> StepOutput:
+    def _send(self, orders: list[KVTransferOrder]) -> None:
+        if orders:
+            written = self.device.mark()
+            for order in orders:
+                self.transport.send(order, written)
+
+    def _collect(self, step: LaunchedStep, batch: ScheduledBatch) -> StepOutput:
         """Take the result of a step; the KV that led to its tokens may be on its way already."""
         output = step.result()
         for order in batch.kv_sends:
             if order.token_ids:
                 (first_token_id,) = output.token_ids[batch.rows.index(order.row)]
                 self.transport.complete(order.request_id, first_token_id)
+        return self._told(output)
+
+    def _told(self, output: StepOutput) -> StepOutput:
+        """That result, with what the transport has to tell."""
+        endings = self.transport.poll()
+        if not any(endings):
+            return output
         return msgspec.structs.replace(
             output,
             kv_received=endings.received,

@@ -127,6 +127,10 @@ class Worker:
         rank = parallel.rank
         self._info = open_kv_link(self._runner, self._info, config, model_config, hashes, rank, epoch)
 
+    def watch(self, on_news: Callable[[], None]) -> None:
+        """Have that called, in any thread, when a transfer has ended of which the next batch will tell."""
+        self._runner.transport.watch(on_news)
+
     def close(self) -> None:
         """End transfers that still run; peers hear of it at once."""
         self._runner.transport.close()

@@ -44,6 +44,9 @@ class MemoryLink:
         if isinstance(decoded, EngineOutput):
             self.outputs += decoded.outputs
 
+    def wake(self) -> None:
+        return  # it does not wait
+
 
 class RunnerWorker:
     """The part of Worker that the in-process executor calls, around a model made by the test."""
@@ -54,6 +57,9 @@ class RunnerWorker:
     def launch(self, batch: ScheduledBatch) -> LaunchedStep:
         step = self.runner.launch(messages.decode(messages.encode(batch), ScheduledBatch))
         return LaunchedStep(lambda: messages.decode(messages.encode(step.result()), StepOutput))
+
+    def watch(self, on_news: Callable[[], None]) -> None:
+        return
 
     def close(self) -> None:
         return

@@ -180,7 +180,6 @@ class Pair:
             epoch=self.decode.info.kv_epoch,
             address=self.decode.info.kv_address,
             ticket=source.ticket,
-            num_cached_tokens=self.decode.link.reserved[f"{name}d"],
         )
         self.prefill.link.push(EngineRequest(request_id=f"{name}p", send_kv_to=target, **leg))
 

@@ -67,6 +67,9 @@ class RecordingLink:
     def send(self, message):
         self.sent.append(message)
 
+    def wake(self):
+        raise AssertionError("nobody has asked for it")
+
 
 def make_engine(**fields):
     """An engine, and what it computes and says by."""
@@ -134,6 +137,28 @@ def test_questions_are_answered_between_steps():
     engine.step()
     (answer,) = [message for message in link.sent if isinstance(message, Inspected)]
     assert (answer.nonce, [(view.request_id, view.state) for view in answer.views]) == (5, [("r", "waiting")])
+
+
+def test_who_waits_for_slots_gets_those_of_a_transfer_that_has_ended_at_once():
+    engine, executor, link = make_engine()
+    source = KVSource(node_id="P", epoch=1, ticket="u")
+    for name in ("r", "s"):
+        long = EngineRequest(
+            request_id=name, prompt_token_ids=[4] * 90, sampling_params=PARAMS, recv_kv_from=source
+        )
+        link.inbox.append(long)
+    engine.step()
+    link.inbox.append(EngineRequest(request_id="w", prompt_token_ids=[5] * 50, sampling_params=PARAMS))
+    engine.step()
+    assert not executor.batches[-1].rows, "180 of 200 slots are taken"
+    link.inbox.append(AbortRequest(request_id="r"))
+    transport = executor.worker.transport
+    transport.pace, kept = 1.0, transport.receipts.pop("s")
+    engine.step()
+    transport.pace, transport.receipts["s"] = 0.0, kept
+    engine.step()
+    assert executor.batches[-1].rows
+    assert link.waits[-1] == 0.0
 
 
 def test_a_message_ends_the_wait_of_a_receiving_engine():

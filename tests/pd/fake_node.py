@@ -59,6 +59,7 @@ class NodeOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """How the node behaves; times in seconds.
 
     `num_transfers`: so many succeed, the rest fails. `is_deaf`: its engine answers no questions.
+    `reserve_s`: so long it takes to find slots. `num_hidden_slots`: in use by nobody knows whom.
     """
 
     role: str
@@ -68,6 +69,8 @@ class NodeOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     num_slots: int = 4096
     max_req_total_len: int = 512
     prefill_s: float = 0.0
+    reserve_s: float = 0.0
+    num_hidden_slots: int = 0
     step_s: float = 0.002
     lease_s: float = 30.0
     full_after_s: float = 0.2
@@ -172,10 +175,12 @@ class FakeEngine:
         if is_transfer and now - work.leased_s > self.options.lease_s:
             return [self._failed(work, "lease_expired")]
         if work.phase == "reserving":
-            if self.used() + work.num_slots <= self.options.num_slots:
+            waited_s = now - work.ready_s + self.options.prefill_s
+            num_free = self.options.num_slots - self.options.num_hidden_slots - self.used()
+            if waited_s >= self.options.reserve_s and work.num_slots <= num_free:
                 work.phase = "receiving"
                 self.link.send(KVReserved(request_id=request.request_id, num_cached_tokens=0))
-            elif now - work.ready_s > self.options.full_after_s + self.options.prefill_s:
+            elif waited_s > self.options.full_after_s + 2 * self.options.prefill_s:
                 return [self._failed(work, "kv_full")]
             return []
         if work.phase == "receiving":

@@ -239,6 +239,56 @@ def test_no_reservation_in_time_is_429(monkeypatch: pytest.MonkeyPatch) -> None:
     run(test)
 
 
+def test_a_prompt_is_computed_while_slots_are_looked_for() -> None:
+    async def test(cluster: Cluster) -> None:
+        cluster.start("prefill", "p1", prefill_s=1.0)
+        cluster.start("decode", "d1", reserve_s=1.0, full_after_s=5.0)
+        await cluster.wait_for("p1", "d1")
+        await cluster.ready()
+        start = time.monotonic()
+        reply = await cluster.generate("at the same time", 6)
+        assert time.monotonic() - start < 1.8, "of 2 s, one after the other"
+        assert reply.json()["generated_text"] == [expected("at the same time", 6)]
+        await cluster.idle()
+
+    run(test)
+
+
+def test_no_client_hears_of_a_token_before_there_are_slots() -> None:
+    async def test(cluster: Cluster) -> None:
+        cluster.start("prefill", "p1")
+        cluster.start("decode", "d1", reserve_s=0.5, full_after_s=5.0)
+        await cluster.wait_for("p1", "d1")
+        await cluster.ready()
+        start, times = time.monotonic(), list[float]()
+        text, _ = await cluster.stream("held", 6, lambda count: times.append(time.monotonic()))
+        assert text == expected("held", 6)
+        assert 0.5 <= times[0] - start < 1.5
+        await cluster.idle()
+
+    run(test)
+
+
+def test_a_decode_node_that_is_fuller_than_it_looks_is_429_and_no_broken_stream(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pd_router, "NODE_WAIT_S", 2.0)
+
+    async def test(cluster: Cluster) -> None:
+        cluster.start("prefill", "p1")
+        cluster.start("decode", "d1", num_slots=300, num_hidden_slots=250)
+        await cluster.wait_for("p1", "d1")
+        await cluster.ready()
+        body = {"inputs": "too much", "parameters": {"max_new_tokens": 100}}
+        reply = await cluster.client.post("/generate_stream", json=body)
+        assert (reply.status_code, reply.json()["error"]["code"]) == (429, "queue_full")
+        legs = cluster.router.describe(reply.headers["x-request-id"])
+        assert any(leg["role"] == "prefill" for leg in legs), "it was tried"
+        await cluster.idle()
+
+    run(test)
+
+
 def test_a_draining_node_finishes_what_it_has_and_gets_nothing_new() -> None:
     async def test(cluster: Cluster) -> None:
         await pair(cluster, step_s=0.02, drain_s=30.0)

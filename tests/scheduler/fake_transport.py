@@ -29,6 +29,7 @@ class FakeTransport:
         self.failure_share, self.pace = failure_share, pace
         self.receipts = {}
         self.shipments = {}
+        self.computed = {}
         self.cancelled = set()
         self.failed = set()
         self.num_ended = 0
@@ -36,6 +37,12 @@ class FakeTransport:
 
     def hashes(self, token_ids):
         return list(itertools.accumulate(token_ids, self.extend_hash, initial=0))[1:]
+
+    def look(self, batch):
+        """What may leave before the batch is computed, which must be there."""
+        for order in batch.kv_sends:
+            if order.is_computed:
+                self.computed[order.request_id] = [self.kv[slot] for slot in order.slots]
 
     def take(self, batch):
         """Orders of a batch that has been computed."""
@@ -45,14 +52,17 @@ class FakeTransport:
             assert order.source is not None
             self.receipts[order.request_id] = order
         for order in batch.kv_sends:
-            is_first = order.start == order.target.num_cached_tokens
+            is_first = order.start == 0
             if not is_first and order.request_id in self.failed:
                 continue  # scheduled before the failure was heard of
             known = self.shipments.setdefault(order.request_id, [])
-            start = known[-1][0].start + len(known[-1][0].slots) if known else order.target.num_cached_tokens
+            start = known[-1][0].start + len(known[-1][0].slots) if known else 0
             assert order.start == start, f"{order.request_id}: shipped from {order.start}, expected {start}"
             assert order.slots
-            known.append((order, [self.kv[slot] for slot in order.slots]))
+            held = [self.kv[slot] for slot in order.slots]
+            if order.is_computed:
+                assert held == self.computed.pop(order.request_id), f"{order.request_id}: not yet computed"
+            known.append((order, held))
         self.cancelled.update(batch.kv_cancels)
         self.must_end = batch.is_restart
 

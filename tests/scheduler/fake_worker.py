@@ -70,6 +70,7 @@ class FakeWorker:
 
     def run(self, batch: ScheduledBatch) -> StepOutput:
         self._apply(batch)
+        self.transport.look(batch)
         columns = (batch.rows, batch.starts, batch.num_new_tokens, batch.is_sampling)
         work = [(self.rows[row], start, start + n, s) for row, start, n, s in zip(*columns, strict=True)]
         written: set[int] = set()

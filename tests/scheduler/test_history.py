@@ -6,7 +6,7 @@ from lightllm.scheduler.request import MAX_EVENTS
 from tests.scheduler.fake_worker import ANY_LENGTH, Driver
 
 SOURCE = KVSource(node_id="P", epoch=1, ticket="t")
-TARGET = KVTarget(node_id="D", epoch=1, address="tcp://d:1", ticket="t", num_cached_tokens=0)
+TARGET = KVTarget(node_id="D", epoch=1, address="tcp://d:1", ticket="t")
 NEVER = {"pace": 0.0}
 
 

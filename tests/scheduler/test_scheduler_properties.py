@@ -95,10 +95,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             "prompt_logprobs": prompt_logprobs,
         }
         if leg == "send":
-            num_cached = data.draw(st.integers(0, length - 1))
-            fields["send_kv_to"] = KVTarget(
-                node_id="d", epoch=1, address="", ticket="t", num_cached_tokens=num_cached
-            )
+            fields["send_kv_to"] = KVTarget(node_id="d", epoch=1, address="", ticket="t")
         elif leg == "recv":
             fields["recv_kv_from"] = KVSource(node_id="p", epoch=1, ticket="t")
         leader = self.driver.add(prompt, **fields)

@@ -10,8 +10,7 @@ SOURCE = KVSource(node_id="P", epoch=1, ticket="t")
 NEVER = {"pace": 0.0}
 
 
-def target(num_cached=0):
-    return KVTarget(node_id="D", epoch=1, address="tcp://d:1", ticket="t", num_cached_tokens=num_cached)
+TARGET = KVTarget(node_id="D", epoch=1, address="tcp://d:1", ticket="t")
 
 
 def steps(driver, count):
@@ -129,10 +128,11 @@ def test_a_received_request_that_is_preempted_computes_itself():
 def test_kv_leaves_chunk_by_chunk_and_the_row_is_free_before_the_hand_over():
     driver = Driver(chunked_prefill_size=10, max_running=1, transport=NEVER, max_lag=0)
     prompt = [1, 2] * 12
-    name = driver.add(prompt, max_new_tokens=9, send_kv_to=target(3), **ANY_LENGTH)
+    name = driver.add(prompt, max_new_tokens=9, send_kv_to=TARGET, **ANY_LENGTH)
     steps(driver, 3)
     orders = [order for batch in driver.batches for order in batch.kv_sends]
-    assert [(order.start, len(order.slots)) for order in orders] == [(3, 7), (10, 10), (20, 4)]
+    assert [(order.start, len(order.slots)) for order in orders] == [(0, 10), (10, 10), (20, 4)]
+    assert not any(order.is_computed for order in orders)
     assert [bool(order.token_ids) for order in orders] == [False, False, True]
     assert driver.token_ids(name) == tokens_of(prompt, 1)
     assert driver.last(name).finish_reason is None
@@ -144,21 +144,23 @@ def test_kv_leaves_chunk_by_chunk_and_the_row_is_free_before_the_hand_over():
     assert driver.last(name).finish_reason == "handed_over"
 
 
-def test_what_the_sender_had_in_its_cache_leaves_with_the_first_chunk():
+def test_what_the_sender_had_in_its_cache_leaves_before_the_first_chunk():
     driver = Driver()
     driver.add([1] * 25, max_new_tokens=1)
     driver.drain()
-    name = driver.add([1] * 30, max_new_tokens=9, send_kv_to=target(10))
+    name = driver.add([1] * 30, max_new_tokens=9, send_kv_to=TARGET)
     driver.step()
-    (order,) = driver.batches[-1].kv_sends
-    assert (order.start, len(order.slots)) == (10, 20)
+    cached, computed = driver.batches[-1].kv_sends
+    assert (cached.start, len(cached.slots), cached.is_computed) == (0, 25, True)
+    assert (computed.start, len(computed.slots), computed.is_computed) == (25, 5, False)
+    assert (list(cached.token_ids), list(computed.token_ids)) == ([], [1] * 30)
     driver.drain()
     assert driver.last(name).num_cached_tokens == 25
 
 
 def test_a_first_token_that_ends_the_request_ends_it_as_always():
     driver = Driver(transport=NEVER)
-    name = driver.add([1, 2, 3], max_new_tokens=1, send_kv_to=target())
+    name = driver.add([1, 2, 3], max_new_tokens=1, send_kv_to=TARGET)
     steps(driver, 3)
     assert driver.last(name).finish_reason in ("stop", "length")
     assert len(driver.token_ids(name)) == 1
@@ -169,7 +171,7 @@ def test_a_first_token_that_ends_the_request_ends_it_as_always():
 
 def test_a_transfer_that_fails_ends_the_leg_and_keeps_the_prefix():
     driver = Driver(chunked_prefill_size=10, transport={"failure_share": 1.0})
-    name = driver.add([1] * 40, max_new_tokens=5, send_kv_to=target())
+    name = driver.add([1] * 40, max_new_tokens=5, send_kv_to=TARGET)
     driver.drain()
     assert driver.last(name).error.code == "kv_transfer_failed"
     assert driver.scheduler.stats().kv_cached_tokens >= 10
@@ -179,29 +181,23 @@ def test_one_that_sends_is_not_preempted():
     driver = Driver(num_slots=40, chunked_prefill_size=1, max_lag=1)
     urgent = driver.add([1] * 5, max_new_tokens=30, priority=2, **ANY_LENGTH)
     steps(driver, 8)
-    sending = driver.add([2] * 20, max_new_tokens=5, send_kv_to=target(), **ANY_LENGTH)
+    sending = driver.add([2] * 20, max_new_tokens=5, send_kv_to=TARGET, **ANY_LENGTH)
     driver.drain()
     assert driver.last(sending).finish_reason == "handed_over"
     assert driver.scheduler.stats().preemptions_total > 0
     assert len(driver.token_ids(urgent)) == 30
 
 
-@pytest.mark.parametrize("num_cached", [-1, 5, 6])
-def test_a_target_that_has_everything_is_refused(num_cached):
-    driver = Driver()
-    assert driver.last(driver.add([1] * 5, send_kv_to=target(num_cached))).error.code == "internal"
-
-
 def test_a_leg_does_one_of_the_two():
     driver = Driver()
-    name = driver.add([1] * 5, send_kv_to=target(), recv_kv_from=SOURCE)
+    name = driver.add([1] * 5, send_kv_to=TARGET, recv_kv_from=SOURCE)
     assert driver.last(name).error.code == "internal"
 
 
 # ------------------------------------------------------------ leases
 
 
-@pytest.mark.parametrize("fields", [{"send_kv_to": target()}, {"recv_kv_from": SOURCE}])
+@pytest.mark.parametrize("fields", [{"send_kv_to": TARGET}, {"recv_kv_from": SOURCE}])
 def test_a_leg_ends_with_its_lease(fields):
     driver = Driver(transport=NEVER)
     renewed = driver.add([1] * 5, max_new_tokens=50, **fields)

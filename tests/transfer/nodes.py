@@ -239,11 +239,9 @@ class Request:
         return order if not fields else KVTransferOrder(**{**_fields(order), **fields})
 
     def orders(self, address, *cuts, epoch=TARGET_EPOCH):
-        """Orders to send [start, cuts[0]), [cuts[0], cuts[1]) ... up to the end."""
-        target = KVTarget(
-            node_id="D", epoch=epoch, address=address, ticket=self.ticket, num_cached_tokens=self.start
-        )
-        edges = [self.start, *cuts, len(self.token_ids)]
+        """Orders to send [0, cuts[0]), [cuts[0], cuts[1]) ... up to the end."""
+        target = KVTarget(node_id="D", epoch=epoch, address=address, ticket=self.ticket)
+        edges = [0, *cuts, len(self.token_ids)]
         return [
             KVTransferOrder(
                 request_id=self.request_id,

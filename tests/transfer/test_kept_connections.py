@@ -73,6 +73,18 @@ def test_a_connection_whose_transfer_has_failed_is_not_used_again():
         assert num_greetings(proxy) == 2
 
 
+def test_one_that_waits_for_the_receivers_slots_can_be_given_up():
+    with ends("tcp") as (source, target, proxy):
+        move(source, target, proxy, 0)
+        num_frames = len(proxy.frames["there"])
+        source.send(request(1).orders(proxy.address)[0], 42)
+        wait_until(lambda: len(proxy.frames["there"]) > num_frames)  # it has asked
+        source.cancel("r1")
+        assert source.fault(2) == "cancelled"
+        move(source, target, proxy, 2)
+        assert num_greetings(proxy) == 2
+
+
 @pytest.mark.parametrize("way", ["there", "back"])
 def test_one_that_breaks_as_it_is_used_again_is_replaced(way):
     """The peer hangs up when the next transfer is asked for, or when it would have been answered."""

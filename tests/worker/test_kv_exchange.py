@@ -125,15 +125,46 @@ def test_orders_stand_between_the_right_steps_and_the_first_token_follows(exchan
     assert events[8:] == ["complete s 104"]
 
 
-def test_endings_come_with_the_step_at_whose_launch_they_were_there(exchanging):
-    before = exchanging.launch(batch(0))
-    arrival = KVArrival(request_id="r", first_token_id=1)
-    exchanging.transport.endings = Endings([arrival], ["s"], [], [])
-    after = exchanging.launch(batch(1))
+def test_what_was_computed_earlier_leaves_before_the_step(exchanging):
+    events = exchanging.transport.events
+    exchanging.launch(batch(0))
+    exchanging.launch(batch(1, kv_sends=[msgspec.structs.replace(SEND, is_computed=True), LAST]))
+    assert events[1:] == [
+        "step 0",
+        "send 0 behind step 0",
+        "step 1",
+        "send 2 behind step 1",
+    ]
+
+
+def test_endings_come_with_the_first_result_that_is_taken_behind_them(exchanging):
+    before, after = exchanging.launch(batch(0)), exchanging.launch(batch(1))
     exchanging.runner.is_done.set()
     assert before.result().kv_received == []
+    arrival = KVArrival(request_id="r", first_token_id=1)
+    exchanging.transport.endings = Endings([arrival], ["s"], [], [])
     output = after.result()
     assert (output.kv_received, output.kv_sent, output.kv_failed) == ([arrival], ["s"], [])
+
+
+def test_a_question_is_answered_without_a_step(exchanging):
+    exchanging.transport.endings = Endings([], ["s"], [], [])
+    question = ScheduledBatch(step_id=7)
+    output = exchanging.launch(question).result()
+    assert (output.step_id, output.kv_sent) == (7, ["s"])
+    assert exchanging.transport.events == ["start"]
+    orders = {"freed_rows": [1], "kv_recvs": [RECEIVE], "kv_cancels": ["c"], "is_restart": True}
+    for name, value in orders.items():
+        assert not msgspec.structs.replace(question, **{name: value}).is_question
+
+
+def test_endings_are_not_lost_with_the_result_of_a_step_that_failed(exchanging):
+    failing = exchanging.launch(batch(0))
+    exchanging.transport.endings = Endings([], ["s"], [], [])
+    with pytest.raises(AssertionError, match="too early"):
+        failing.result()
+    exchanging.runner.is_done.set()
+    assert exchanging.launch(batch(1)).result().kv_sent == ["s"]
 
 
 # ------------------------------------------------------------ which lanes
