@@ -29,8 +29,8 @@ from lightllm.device.base import Moment, PastMoment
 from lightllm.device.cuda import CudaMoment
 from lightllm.device.forward_batch import ForwardBatch
 
-# Prompts and chunks of so many new tokens or more are long. Their kernels take 0.6 to 0.85 of Triton's time on an
-# H200 from 256 tokens on, but planning takes the host 0.4 to 1.2 ms more, which short prompts do not win back.
+# Prompts and chunks of so many new tokens or more are long. Their kernels take 0.6 to 0.85 of Triton's time
+# on an H200 from 256 tokens on, but a plan takes the host 0.4 to 1.2 ms more, which short ones lose.
 LONG_QUERY_LEN = 512
 
 Kind = tuple[float, int | None, float | None]
