@@ -4,6 +4,7 @@ Runs in the frontend's event loop; knows nothing of HTTP or JSON.
 """
 
 import asyncio
+import ctypes
 import functools
 import time
 import uuid
@@ -21,6 +22,9 @@ from lightllm.messages import EngineInfo, EngineRequest, RequestFailure
 from lightllm.packed_ints import Ints, bounds, pack
 from lightllm.sampling_params import SamplingParams
 
+# Longer texts are encoded a few at a time, and what that took is given back: it is about 90 bytes a character.
+HUGE_CHARS = 1 << 20
+HUGE_AT_ONCE = 2
 # So many ids of a prompt are packed, or named, before others get their turn.
 SLICE_TOKENS = 4096
 NAMES_SLICE_TOKENS = 1024
@@ -52,6 +56,7 @@ class Generator:
         self.observer: Observer = observer or NoObserver()
         self.detokenizers = DetokenizerFactory(tokenizer)
         self._live: dict[str, Generation] = {}
+        self._huge_texts = asyncio.Semaphore(HUGE_AT_ONCE)
 
     @property
     def num_live(self) -> int:
@@ -69,7 +74,16 @@ class Generator:
         if len(text) <= INLINE_CHARS:
             return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(None, self.tokenizer.encode, text, add_special_tokens)
+        if len(text) <= HUGE_CHARS:
+            return await loop.run_in_executor(None, self.tokenizer.encode, text, add_special_tokens)
+        async with self._huge_texts:
+            return await loop.run_in_executor(None, self._encode_huge, text, add_special_tokens)
+
+    def _encode_huge(self, text: str, add_special_tokens: bool) -> list[int]:
+        try:
+            return self.tokenizer.encode(text, add_special_tokens)
+        finally:
+            _give_memory_back()
 
     async def render(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
         """The prompt text of a conversation; in a thread unless it is a few short texts.
@@ -250,6 +264,13 @@ class Generator:
         if not params.stop_sequences:
             return texts, params
         return texts, msgspec.structs.replace(params, stop_sequences=[], stop_token_ids=stop_ids)
+
+
+def _give_memory_back() -> None:
+    """Have the C library return what is free; by itself it would keep most of it for good."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, others need none
+    if trim is not None:
+        trim(0)
 
 
 def _are_short(messages: Sequence[Mapping[str, Any]]) -> bool:
