@@ -22,7 +22,7 @@ from lightllm.messages import EngineInfo, EngineRequest, RequestFailure
 from lightllm.packed_ints import Ints, bounds, pack
 from lightllm.sampling_params import SamplingParams
 
-# Longer texts are encoded a few at a time, and what that took is given back: it is about 90 bytes a character.
+# Longer texts are encoded a few at a time, and what that took (some 90 bytes a character) is given back.
 HUGE_CHARS = 1 << 20
 HUGE_AT_ONCE = 2
 # So many ids of a prompt are packed, or named, before others get their turn.
