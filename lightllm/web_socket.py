@@ -66,7 +66,7 @@ class WebSocket(asyncio.Protocol):
         self._is_in_head = self._is_client
         self._transport: asyncio.Transport | None = None
         self._buffer = bytearray()
-        self._parts: list[bytes] = []
+        self._begun: bytearray | None = None  # of a message in pieces, what has come
         self._reason = ""
         self._is_closed = False
 
@@ -180,25 +180,28 @@ class WebSocket(asyncio.Protocol):
             return "a WebSocket frame masked as only the other side's are"
         if opcode >= CLOSE and (length > MAX_CONTROL_BYTES or not first & 128):
             return "a WebSocket control frame that is too long or in pieces"
-        if (opcode == CONTINUATION) != bool(self._parts) and opcode < CLOSE:
+        if (opcode == CONTINUATION) != (self._begun is not None) and opcode < CLOSE:
             return "pieces of WebSocket messages in a wrong order"
-        if sum(map(len, self._parts)) + length > self.limit_bytes:
+        if len(self._begun or b"") + length > self.limit_bytes:
             return f"a message over {self.limit_bytes} bytes"
         return ""
 
     def _take(self, opcode: int, payload: bytes, *, is_last: bool) -> None:
         if opcode == PING:
             assert self._transport is not None
-            self._transport.write(_frame(PONG, payload, is_masked=self._is_client))
+            # Not each ping needs its pong, and a peer that reads none must not make us keep them.
+            if self._transport.get_write_buffer_size() <= self.limit_bytes:
+                self._transport.write(_frame(PONG, payload, is_masked=self._is_client))
         elif opcode == CLOSE:
             self.close(payload[2:].decode("utf-8", "replace") or "closed by the peer")
         elif opcode != PONG:
-            if is_last and not self._parts:
+            if is_last and self._begun is None:
                 self.on_message(payload)
                 return
-            self._parts.append(payload)
+            self._begun = self._begun if self._begun is not None else bytearray()
+            self._begun += payload
             if is_last:
-                message, self._parts = b"".join(self._parts), []
+                message, self._begun = bytes(self._begun), None
                 self.on_message(message)
 
 

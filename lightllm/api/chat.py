@@ -1,6 +1,5 @@
 """`POST /v1/chat/completions`: messages through the model's template, whole or streamed."""
 
-import asyncio
 from typing import Any
 
 import msgspec
@@ -19,7 +18,6 @@ from lightllm.api.openai_output import ChatTokens, ChunkWriter
 from lightllm.api.openai_types import ChatChoice, ChatCompletion, ChatMessage, ChatRequest
 from lightllm.errors import ContextLengthError
 from lightllm.frontend.generation import Emit, Generation, SampleStream
-from lightllm.frontend.tokenizer import INLINE_CHARS
 from lightllm.messages import TokenLogprobs
 from lightllm.sampling_params import MAX_LOGPROBS, SamplingParams
 
@@ -125,8 +123,9 @@ async def _start(
     priority = check_priority(request.priority)
     uses_effort = context.tokenizer.template_uses("reasoning_effort")
     kwargs = template_kwargs(request.chat_template_kwargs, request.reasoning_effort, uses_effort)
-    ids = await _prompt(context, messages, kwargs)
     generator = context.generator
+    text = await generator.render(messages, **kwargs)
+    ids = await generator.encode(text, add_special_tokens=False)
     if _max_tokens(request) is None:
         await generator.check_prompt(ids, 1, "messages")
         room = generator.require_info().max_req_total_len - len(ids)
@@ -140,18 +139,6 @@ async def _start(
     )
     call.watch(generation)
     return generation
-
-
-async def _prompt(context: AppContext, messages: list[dict[str, Any]], kwargs: dict[str, Any]) -> list[int]:
-    def render() -> str:
-        return context.tokenizer.apply_chat_template(messages, **kwargs)
-
-    size = sum(len(message["content"] or "") for message in messages)
-    if size + 64 * len(messages) <= INLINE_CHARS and not kwargs:
-        text = render()
-    else:
-        text = await asyncio.get_running_loop().run_in_executor(None, render)
-    return await context.generator.encode(text, add_special_tokens=False)
 
 
 def _max_tokens(request: ChatRequest) -> int | None:

@@ -99,14 +99,14 @@ async def tokenize(call: Call) -> None:
         message = "prompt: give either prompt or messages"
         raise RequestError(message, code="missing_field", param="prompt")
     if request.messages is not None:
-        text = context.tokenizer.apply_chat_template(check_messages(request.messages))
+        text = await context.generator.render(check_messages(request.messages))
         ids = await context.generator.encode(text, add_special_tokens=False)
     else:
         add_special_tokens = request.add_special_tokens is not False
         ids = await context.generator.encode(request.prompt or "", add_special_tokens=add_special_tokens)
     answer = TokenizeAnswer(tokens=ids, count=len(ids), max_model_len=max_model_len(context))
     if request.return_token_strs:
-        answer.token_strs = [context.tokenizer.token_str(token_id) for token_id in ids]
+        answer.token_strs = await context.generator.token_strs(ids)
     await call.answer_json(answer)
 
 
@@ -114,13 +114,11 @@ async def detokenize(call: Call) -> None:
     """`POST /detokenize`."""
     request = await call.parse(DetokenizeRequest)
     resolve_model(call.context, request.model)
-    tokenizer = call.context.tokenizer
-    for token_id in request.tokens:
-        if not 0 <= token_id < tokenizer.vocab_size:
-            raise out_of_range("tokens", token_id, f"ids 0..{tokenizer.vocab_size - 1}")
-    await call.answer_json(
-        DetokenizeAnswer(prompt=tokenizer.decode(request.tokens, skip_special_tokens=False))
-    )
+    vocab_size = call.context.tokenizer.vocab_size
+    for token_id in (min(request.tokens, default=0), max(request.tokens, default=0)):
+        if not 0 <= token_id < vocab_size:
+            raise out_of_range("tokens", token_id, f"ids 0..{vocab_size - 1}")
+    await call.answer_json(DetokenizeAnswer(prompt=await call.context.generator.decode(request.tokens)))
 
 
 async def count_tokens(call: Call) -> None:

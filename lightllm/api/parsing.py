@@ -47,11 +47,12 @@ def parse_json(body: bytes | bytearray) -> Any:
         raise _bad(f"the body has more than {MAX_BRACKETS} opening brackets")
     try:
         value = msgspec.json.decode(body)
-    except UnicodeDecodeError:
-        raise _bad("the body is not UTF-8") from None
     except RecursionError:
         raise _bad(f"the body is nested deeper than {MAX_DEPTH} levels") from None
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        # Which of the two bytes that are not UTF-8 bring depends on msgspec's version.
+        if not _is_utf8(body):
+            raise _bad("the body is not UTF-8") from None
         raise _bad(f"the body is not valid JSON: {str(error)[:200]}") from None
     # Each key of the text leaves a quote and a colon. Where there are more of these than keys, a key was
     # written twice or a string holds some: only then the slow way is needed to tell.
@@ -91,6 +92,14 @@ def nearest(name: str, known: list[str]) -> str:
 
 def _bad(message: str) -> RequestError:
     return RequestError(message, code="bad_json")
+
+
+def _is_utf8(body: bytes | bytearray) -> bool:
+    try:
+        body.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _count_keys(value: Any, num_brackets: int) -> int:
@@ -148,7 +157,7 @@ def _unknown_fields(raw: Any, kind: type[msgspec.Struct], path: str, strict: boo
     for name, value in raw.items():
         if name not in shape:
             if strict:
-                message = f"{path}{name[:80]}: unknown field{nearest(name, list(shape))}"
+                message = f"{path}{name[:80]}: unknown field{nearest(name[:80], list(shape))}"
                 raise RequestError(message, code="unknown_field", param=path + name[:80])
             unknown.append(path + name)
             continue

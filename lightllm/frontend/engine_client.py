@@ -250,12 +250,14 @@ class EngineClient:
         if self._push is None:
             return False
         self._nonce += 1
-        pong = asyncio.get_running_loop().create_future()
-        self._pongs[self._nonce] = pong
-        self._send(Ping(nonce=self._nonce))
-        done, _ = await asyncio.wait({pong}, timeout=limit_s)
-        self._pongs.pop(self._nonce, None)
-        return bool(done) and not pong.cancelled()
+        nonce = self._nonce
+        pong = self._pongs[nonce] = asyncio.get_running_loop().create_future()
+        self._send(Ping(nonce=nonce))
+        try:
+            await asyncio.wait({pong}, timeout=limit_s)
+        finally:
+            self._pongs.pop(nonce, None)
+        return pong.done() and not pong.cancelled()
 
     async def refresh(self, limit_s: float) -> None:
         """Bring `stats` up to date if that takes at most `limit_s`."""

@@ -4,9 +4,12 @@ Runs in the frontend's event loop; knows nothing of HTTP or JSON.
 """
 
 import asyncio
+import ctypes
+import functools
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import msgspec
 
@@ -14,13 +17,19 @@ from lightllm.errors import ContextLengthError, RequestError
 from lightllm.frontend.detokenizer import DetokenizerFactory
 from lightllm.frontend.engine_client import EngineClientLike
 from lightllm.frontend.generation import Emit, Generation, NoObserver, Observer, SampleStream
-from lightllm.frontend.tokenizer import INLINE_CHARS, Tokenizer
+from lightllm.frontend.tokenizer import INLINE_CHARS, INLINE_IDS, Tokenizer
 from lightllm.messages import EngineInfo, EngineRequest, RequestFailure
 from lightllm.packed_ints import Ints, bounds, pack
 from lightllm.sampling_params import SamplingParams
 
-# So many ids of a prompt are packed before others get their turn.
+# Longer texts are encoded a few at a time, and what that took (some 90 bytes a character) is given back.
+HUGE_CHARS = 1 << 20
+HUGE_AT_ONCE = 2
+# So many ids of a prompt are packed, or named, before others get their turn.
 SLICE_TOKENS = 4096
+NAMES_SLICE_TOKENS = 1024
+# What a template does for a message, whatever its text, takes as long as so many characters.
+MESSAGE_CHARS = 64
 
 
 class Generator:
@@ -47,6 +56,7 @@ class Generator:
         self.observer: Observer = observer or NoObserver()
         self.detokenizers = DetokenizerFactory(tokenizer)
         self._live: dict[str, Generation] = {}
+        self._huge_texts = asyncio.Semaphore(HUGE_AT_ONCE)
 
     @property
     def num_live(self) -> int:
@@ -64,7 +74,49 @@ class Generator:
         if len(text) <= INLINE_CHARS:
             return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(None, self.tokenizer.encode, text, add_special_tokens)
+        if len(text) <= HUGE_CHARS:
+            return await loop.run_in_executor(None, self.tokenizer.encode, text, add_special_tokens)
+        async with self._huge_texts:
+            return await loop.run_in_executor(None, self._encode_huge, text, add_special_tokens)
+
+    def _encode_huge(self, text: str, add_special_tokens: bool) -> list[int]:
+        try:
+            return self.tokenizer.encode(text, add_special_tokens)
+        finally:
+            _give_memory_back()
+
+    async def render(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
+        """The prompt text of a conversation; in a thread unless it is a few short texts.
+
+        Args:
+            messages: as in the chat API, checked.
+            variables: of the template.
+
+        Raises:
+            RequestError: there is no template, or it refuses these messages.
+        """
+        if not variables and _are_short(messages):
+            return self.tokenizer.apply_chat_template(messages)
+        work = functools.partial(self.tokenizer.apply_chat_template, messages, **variables)
+        return await asyncio.get_running_loop().run_in_executor(None, work)
+
+    async def decode(self, ids: list[int]) -> str:
+        """Text of some ids of the vocabulary, special tokens by name; of many in a thread."""
+        if len(ids) <= INLINE_IDS:
+            return self.tokenizer.decode(ids, skip_special_tokens=False)
+        return await asyncio.get_running_loop().run_in_executor(None, self.tokenizer.decode, ids, False)
+
+    async def token_strs(self, ids: Sequence[int]) -> list[str]:
+        """Each id's own text; of many ids in slices, so that other clients' tokens go on."""
+        names: dict[int, str] = {}
+        found: list[str] = []
+        for start in range(0, len(ids), NAMES_SLICE_TOKENS):
+            for token_id in ids[start : start + NAMES_SLICE_TOKENS]:
+                if token_id not in names:
+                    names[token_id] = self.tokenizer.token_str(token_id)
+                found.append(names[token_id])
+            await asyncio.sleep(0)
+        return found
 
     async def check_prompt(self, prompt: Sequence[int], max_new_tokens: int, param: str) -> Ints:
         """Check a prompt's ids and length; of a long one in slices, so that other clients' tokens go on.
@@ -212,6 +264,26 @@ class Generator:
         if not params.stop_sequences:
             return texts, params
         return texts, msgspec.structs.replace(params, stop_sequences=[], stop_token_ids=stop_ids)
+
+
+def _give_memory_back() -> None:
+    """Have the C library return what is free; by itself it would keep most of it for good."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, others need none
+    if trim is not None:
+        trim(0)
+
+
+def _are_short(messages: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether messages have a role and a text only, and little of that; others are worth a thread."""
+    size = 0
+    for message in messages:
+        content = message.get("content")
+        if not isinstance(content, str) or not message.keys() <= {"role", "content"}:
+            return False
+        size += len(content) + MESSAGE_CHARS
+        if size > INLINE_CHARS:
+            return False
+    return True
 
 
 async def _packed(prompt: Sequence[int]) -> Ints:

@@ -141,8 +141,7 @@ class NodeAgent:
         """Say good-bye to all masters and dial no more."""
         self._watching.cancel()
         for master in self._masters.values():
-            if master.link is not None:
-                master.link.send(Bye(reason=reason))
+            master.send(Bye(reason=reason))
             master.stop(reason)
         self._masters.clear()
 

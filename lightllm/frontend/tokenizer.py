@@ -20,13 +20,15 @@ from lightllm.frontend.chat_template import ChatTemplate, read_chat_template
 
 # Longer texts should be encoded in a thread; below, the hop to one costs more.
 INLINE_CHARS = 2048
+# The same for ids and their text.
+INLINE_IDS = 1024
 
 _SPACE = "\u2581"  # how SentencePiece writes a space
 
 
 class Tokenizer:
-    """A model's tokenizer. Immutable and thread-safe; texts over INLINE_CHARS are encoded without Python's
-    lock, so that other threads go on meanwhile.
+    """A model's tokenizer. Immutable and thread-safe; texts over INLINE_CHARS are encoded, and more than
+    INLINE_IDS decoded, without Python's lock, so that other threads go on meanwhile.
 
     Args:
         backend: the tokenizer of the `tokenizers` library.
@@ -126,7 +128,10 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of some ids; bytes that are no UTF-8 become U+FFFD, unknown ids nothing."""
-        text: str = self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        if len(ids) <= INLINE_IDS:
+            text: str = self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        else:  # only the calls for several texts give Python's lock away
+            (text,) = self.backend.decode_batch([ids], skip_special_tokens=skip_special_tokens)
         return text
 
     @property
@@ -138,7 +143,7 @@ class Tokenizer:
         """Whether the chat template looks at a variable, as `tools` or `reasoning_effort`."""
         return self._template is not None and self._template.uses(variable)
 
-    def apply_chat_template(self, messages: list[dict[str, Any]], **kwargs: Any) -> str:
+    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **kwargs: Any) -> str:
         """The prompt text of a conversation, special tokens included; see `ChatTemplate.render`.
 
         Raises:

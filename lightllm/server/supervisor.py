@@ -152,6 +152,8 @@ class Supervisor:
             while not self._stopping.is_set():
                 await self._live(child)
                 if self._stopping.is_set():
+                    if child is self.engine:
+                        self._engine_died(will_restart=False)  # requests that drain wait for nothing more
                     return
                 will_restart = self._may_restart(child)
                 if child is self.engine:

@@ -157,6 +157,21 @@ def test_drain_timeout_ends_what_does_not_finish(start) -> None:
     assert server.process.wait(timeout=10) == 0
 
 
+def test_an_engine_that_dies_while_the_node_drains_ends_its_requests_at_once(start) -> None:
+    server: Server = start()
+    with server.client.stream("POST", "/generate_stream", json=LONG) as reply:
+        events = stream_events(reply)
+        next(events)
+        server.process.send_signal(signal.SIGTERM)
+        server.wait_until(lambda: server.client.get("/readiness").status_code == 503)
+        killed = time.monotonic()
+        os.kill(server.children()["engine"], signal.SIGKILL)
+        last = list(events)[-1]
+    assert time.monotonic() - killed < 2
+    assert last["error"]["code"] == "engine_down"
+    assert server.process.wait(timeout=10) == 0
+
+
 def test_children_do_not_outlive_a_killed_supervisor(start) -> None:
     server: Server = start()
     children = server.children()

@@ -182,6 +182,19 @@ def test_health_asks_only_after_silence_and_names_the_stuck_part(tmp_path: Path,
     run(test, tmp_path)
 
 
+def test_pings_that_are_under_way_together_are_each_answered(tmp_path: Path) -> None:
+    async def test(client: EngineClient, end: EngineEnd) -> None:
+        asked = [asyncio.create_task(client.ping(2)) for _ in range(3)]
+        pings = [await end.receive() for _ in asked]
+        for ping, answered in zip(pings, asked, strict=True):
+            assert isinstance(ping, Ping)
+            await end.outbox.send(messages.encode(Pong(nonce=ping.nonce, stats=EngineStats())))
+            assert await answered
+        assert client._pongs == {}
+
+    run(test, tmp_path)
+
+
 def test_a_busy_engine_has_less_time_and_steps_count_once(tmp_path: Path, monkeypatch) -> None:
     async def test(client: EngineClient, end: EngineEnd) -> None:
         seen: list[EngineStats] = []

@@ -1,14 +1,17 @@
 """Generations over a fake engine: counts, stops, deadlines, failures; every sample ends exactly once."""
 
 import asyncio
+import ctypes
+import os
 from array import array
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 import pytest
 
 from lightllm.errors import ContextLengthError, LightLLMError, RequestError
 from lightllm.frontend.generation import Generation, SampleStream
-from lightllm.frontend.generator import Generator
+from lightllm.frontend.generator import HUGE_AT_ONCE, HUGE_CHARS, Generator
 from lightllm.messages import RequestFailure
 from lightllm.sampling_params import SamplingParams
 from tests.fakes import EOS, FakeEngineClient, byte_tokenizer
@@ -178,3 +181,35 @@ def test_prompts_are_checked() -> None:
         assert await generator.encode("x" * 5000) == [120] * 5000
 
     run(test)
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="needs glibc")
+def test_huge_texts_are_encoded_a_few_at_a_time_and_leave_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = byte_tokenizer()
+    encode, running, most = tokenizer.encode, [0], [0]
+
+    def noted(text: str, add_special_tokens: bool = True) -> list[int]:
+        running[0] += 1
+        most[0] = max(most[0], running[0])
+        try:
+            return encode(text, add_special_tokens)
+        finally:
+            running[0] -= 1
+
+    monkeypatch.setattr(tokenizer, "encode", noted)
+
+    async def main() -> None:
+        generator = Generator(tokenizer, FakeEngineClient())
+        text = "ab" * HUGE_CHARS
+        before = resident_bytes()
+        for ids in await asyncio.gather(*(generator.encode(text) for _ in range(4))):
+            assert len(ids) == len(text)
+        del ids
+        assert most[0] == HUGE_AT_ONCE
+        assert resident_bytes() - before < 100 * 2**20
+
+    asyncio.run(main())

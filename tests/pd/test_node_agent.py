@@ -53,6 +53,25 @@ def test_outputs_take_as_many_frames_as_they_need() -> None:
     run(test)
 
 
+def test_outputs_of_the_last_moment_leave_before_the_good_bye() -> None:
+    async def test(cluster: Cluster) -> None:
+        seen: list[RequestOutput] = []
+
+        def on_outputs(node: Node, outputs: list[RequestOutput]) -> None:
+            seen.extend(outputs)
+
+        cluster.router.on_outputs = on_outputs  # type: ignore[method-assign]
+        agent = cluster.join("decode", "d", FakeEngineClient())
+        await until(lambda: agent.is_registered)
+        (link,) = agent._masters.values()
+        link.on_output(output("a", 1))
+        agent.leave("stopped")  # within the turn of the loop in which its last request has ended
+        await until(lambda: not cluster.router.directory.all())
+        assert [one.request_id for one in seen] == ["a"]
+
+    run(test)
+
+
 def test_a_node_whose_engine_hangs_is_lost_until_it_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(node_agent, "ENGINE_CHECK_S", 0.05)
 
