@@ -4,8 +4,9 @@ Runs in the engine process, on the loop's thread. Frontends push `ToEngine`, the
 both queues are unbounded because what may enter them is bounded by admission.
 """
 
+import contextlib
 import logging
-import os
+import socket
 import threading
 
 import msgspec
@@ -15,6 +16,8 @@ from lightllm import messages
 from lightllm.messages import FromEngine, ToEngine
 
 logger = logging.getLogger(__name__)
+
+WAKE_BYTES = 4096
 
 
 class ZmqLink:
@@ -28,16 +31,18 @@ class ZmqLink:
         self._context = zmq.Context(io_threads=1)
         self._inbox = self._context.socket(zmq.PULL)
         self._outbox = self._context.socket(zmq.PUSH)
-        for socket in (self._inbox, self._outbox):
-            socket.setsockopt(zmq.LINGER, 200)
-            socket.setsockopt(zmq.SNDHWM, 0)
-            socket.setsockopt(zmq.RCVHWM, 0)
-        self._news = os.eventfd(0, os.EFD_CLOEXEC)
+        for end in (self._inbox, self._outbox):
+            end.setsockopt(zmq.LINGER, 200)
+            end.setsockopt(zmq.SNDHWM, 0)
+            end.setsockopt(zmq.RCVHWM, 0)
+        self._news, self._waker = socket.socketpair()  # an eventfd is Linux only, and laptops are not
+        self._news.setblocking(False)
+        self._waker.setblocking(False)
         self._lock = threading.Lock()
         self._is_closed = False
         self._poller = zmq.Poller()
-        for source in (self._inbox, self._news):
-            self._poller.register(source, zmq.POLLIN)
+        self._poller.register(self._inbox, zmq.POLLIN)
+        self._poller.register(self._news.fileno(), zmq.POLLIN)
         self._inbox.bind(address)
         self._outbox.connect(reply_address)
         self._decoder: msgspec.msgpack.Decoder[ToEngine] = messages.decoder(ToEngine)
@@ -46,8 +51,8 @@ class ZmqLink:
         received: list[ToEngine] = []
         if timeout_s > 0:
             ready = dict(self._poller.poll(int(timeout_s * 1000)))
-            if self._news in ready:
-                os.eventfd_read(self._news)
+            if self._news.fileno() in ready:
+                self._news.recv(WAKE_BYTES)
             if self._inbox not in ready:
                 return received
         while True:
@@ -67,10 +72,12 @@ class ZmqLink:
         """End a `receive` that waits, or else the next one that would; any thread may call this."""
         with self._lock:
             if not self._is_closed:
-                os.eventfd_write(self._news, 1)
+                with contextlib.suppress(BlockingIOError):  # so full that it will be woken anyway
+                    self._waker.send(b"\0")
 
     def close(self) -> None:
         with self._lock:
             self._is_closed = True
-            os.close(self._news)
+            self._news.close()
+            self._waker.close()
         self._context.destroy()

@@ -99,7 +99,7 @@ class PDRouter:
     @property
     def stats(self) -> EngineStats:
         """Sums over the decode nodes, whose KV is what bounds the cluster."""
-        num_waiting = len(self._waiting)
+        num_waiting = len(self._waiting) + sum(map(len, self._siblings.values()))
         return msgspec.structs.replace(
             self.directory.stats(),
             requests_running=len(self._requests) - num_waiting,
@@ -217,27 +217,28 @@ class PDRouter:
         """Send a request to nodes, or let it wait for one."""
         request = routed.request
         num_tokens = len(request.prompt_token_ids) + request.sampling_params.max_new_tokens
-        is_fresh = not routed.tokens
+        is_one_token = request.sampling_params.max_new_tokens == 1
+        decode = self.directory.pick_decode(num_tokens, routed.avoid)
+        if decode is None and not is_one_token:
+            self._wait(routed)  # the prompt is not looked up in caches each time that nobody has room
+            return
         prefill = None
-        if is_fresh and not routed.is_solo:
+        if not routed.tokens and not routed.is_solo:
             avoid = routed.avoid | self.probes.cut_off()
             prefill = self.directory.pick_prefill(request.prompt_token_ids, num_tokens, avoid)
-        if prefill is not None and request.sampling_params.max_new_tokens == 1:
+        if prefill is not None and is_one_token:
             self._send_whole(routed, prefill)  # the first token is the last: nothing to decode elsewhere
             return
-        decode = None
+        reachable = None
         if prefill is not None:
             unreachable = self.probes.failed_with(prefill)
-            decode = self.directory.pick_decode(num_tokens, routed.avoid | unreachable)
-        if decode is None:
-            prefill = None
-            decode = self.directory.pick_decode(num_tokens, routed.avoid)
-        if decode is None:
-            self._wait(routed)
-        elif prefill is None:
+            reachable = self.directory.pick_decode(num_tokens, routed.avoid | unreachable)
+        if prefill is not None and reachable is not None:
+            self._reserve(routed, prefill, reachable)
+        elif decode is not None:
             self._send_whole(routed, decode)
         else:
-            self._reserve(routed, prefill, decode)
+            self._wait(routed)
 
     def _wait(self, routed: RoutedRequest) -> None:
         routed.wait_from(time.monotonic(), NODE_WAIT_S)

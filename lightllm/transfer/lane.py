@@ -114,6 +114,7 @@ class Lane(ABC):
         block_bytes: a block is no larger than this, unless one token is. Both nodes must have the same.
 
     Attributes:
+        most_bytes: a block has no more, unless one token has.
         block_bytes: room for a block of any transfer.
 
     Raises:
@@ -124,12 +125,12 @@ class Lane(ABC):
 
     def __init__(self, rows: KVRows, block_bytes: int | None = None) -> None:
         self.rows = rows
-        self._most_bytes = block_bytes or self.BLOCK_BYTES
-        self.block_bytes = max(self._most_bytes, rows.token_bytes)
+        self.most_bytes = block_bytes or self.BLOCK_BYTES
+        self.block_bytes = max(self.most_bytes, rows.token_bytes)
 
     def cut(self, rows: KVRows) -> Cut:
         """Cut a transfer of these rows, which are some of the node's."""
-        return Cut(rows, max(1, self._most_bytes // rows.token_bytes))
+        return Cut(rows, max(1, self.most_bytes // rows.token_bytes))
 
     @abstractmethod
     def open_sender(self) -> SendingEnd:

@@ -41,9 +41,13 @@ RDMA_DEVICES = Path("/sys/class/infiniband")
 
 
 class Offer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a receiver must know to try: the library there, or why it does not work there."""
+    """What a receiver must know to try: the library there, or why it does not work there.
+
+    `block_bytes`: of the sender's blocks, which depend on its device; the receiver's must be the same.
+    """
 
     version: str
+    block_bytes: int
     obstacle: str = ""
 
 
@@ -106,6 +110,9 @@ class NixlLane(Lane):
             raise LaneUnavailable(f"there: {offer.obstacle}")
         if offer.version != self.version:
             raise LaneUnavailable(f"{PACKAGE} {offer.version} there, {self.version} here: install equal ones")
+        if offer.block_bytes != self.most_bytes:
+            sizes = f"{offer.block_bytes} bytes there, {self.most_bytes} here"
+            raise LaneUnavailable(f"blocks of {sizes}: one node's KV is on a GPU, the other's is not")
         return _Receiver(self, cut, self.agent())
 
 
@@ -117,7 +124,9 @@ class _Sender(StagedSender):
         self._memory: Memory | None = None
 
     def offer(self) -> bytes:
-        return msgspec.msgpack.encode(Offer(version=self._nixl.version, obstacle=self._nixl.obstacle))
+        lane = self._nixl
+        offer = Offer(version=lane.version, block_bytes=lane.most_bytes, obstacle=lane.obstacle)
+        return msgspec.msgpack.encode(offer)
 
     def staging(self, index: int) -> Tensor:
         if self._memory is None:  # only if the receiver has taken this lane

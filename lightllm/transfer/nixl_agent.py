@@ -5,6 +5,7 @@ taken back: its bytes may come at any time later, so that the memory which waits
 until they have. Knows nothing of blocks and slots; any thread may use it.
 """
 
+import contextlib
 import importlib
 import logging
 import os
@@ -141,19 +142,27 @@ class Agent:
                 b"",
                 [self._backend],
             )
-            status, until_s = self._agent.postXferReq(request, b""), time.monotonic() + limit_s
-            while status == self._lib.NIXL_IN_PROG:
-                is_cut, is_late = _is_cut(channel), time.monotonic() > until_s
-                if is_cut or is_late:
-                    self._abandon(memory, request, source.agent)
-                    text = (
-                        "the peer has closed the connection" if is_cut else f"nothing came for {limit_s:g} s"
-                    )
-                    fault = "peer_lost" if is_cut else "peer_silent"
-                    raise KVTransferError(f"reading by NIXL: {text}", fault=fault)
-                time.sleep(POLL_S)
-                status = self._agent.getXferStatus(request)
+            try:
+                self._await_read(request, source, memory, channel, limit_s)
+            except self._errors:
+                with contextlib.suppress(*self._errors):
+                    self._agent.releaseXferReq(request)
+                raise
             self._agent.releaseXferReq(request)
+
+    def _await_read(
+        self, request: Any, source: Place, memory: Memory, channel: Channel, limit_s: float
+    ) -> None:
+        status, until_s = self._agent.postXferReq(request, b""), time.monotonic() + limit_s
+        while status == self._lib.NIXL_IN_PROG:
+            is_cut, is_late = _is_cut(channel), time.monotonic() > until_s
+            if is_cut or is_late:
+                self._abandon(memory, request, source.agent)
+                text = "the peer has closed the connection" if is_cut else f"nothing came for {limit_s:g} s"
+                fault = "peer_lost" if is_cut else "peer_silent"
+                raise KVTransferError(f"reading by NIXL: {text}", fault=fault)
+            time.sleep(POLL_S)
+            status = self._agent.getXferStatus(request)
 
     def close(self) -> None:
         """Stop the library; transfers have been interrupted.

@@ -223,6 +223,31 @@ def test_a_full_decode_node_makes_requests_wait_and_none_is_refused() -> None:
     run(test)
 
 
+def test_prompts_that_wait_for_room_are_not_looked_up_in_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(cluster: Cluster) -> None:
+        await pair(cluster, num_slots=300, step_s=0.015)
+        await cluster.ready()
+        hog = asyncio.create_task(cluster.generate("hog", 280))
+        await until(lambda: any(leg.has_output for leg in cluster.router._legs.values()))
+        patient = asyncio.create_task(cluster.generate("patient", 100))
+        await until(lambda: cluster.router.num_waiting == 1)
+        looked_up = []
+        pick = cluster.router.directory.pick_prefill
+        monkeypatch.setattr(
+            cluster.router.directory, "pick_prefill", lambda *args: looked_up.append(args) or pick(*args)
+        )
+        for node in cluster.router.directory.all():
+            node.full_until_s = time.monotonic() + 1.5
+        await asyncio.sleep(1.0)  # several turns of the pump
+        assert cluster.router.num_waiting == 1
+        assert not looked_up
+        assert (await hog).json()["generated_text"] == [expected("hog", 280)]
+        assert (await patient).json()["generated_text"] == [expected("patient", 100)]
+        assert looked_up
+
+    run(test)
+
+
 def test_no_reservation_in_time_is_429(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pd_router, "NODE_WAIT_S", 2.0)
 

@@ -1,5 +1,6 @@
 """What only the lane nixl must see to: when it is worth it, a library with a will, reads that do not end."""
 
+import importlib.metadata
 import importlib.util
 import json
 import signal
@@ -18,14 +19,13 @@ from lightllm.errors import KVTransferError
 from lightllm.transfer import LANES, nixl
 from lightllm.transfer.channel import Channel
 from lightllm.transfer.lane import LaneUnavailable, open_lanes
-from lightllm.transfer.nixl import NixlLane, Offer
+from lightllm.transfer.nixl import GPU_BLOCK_BYTES, NixlLane, Offer
 from lightllm.transfer.nixl_agent import Agent, Place
 from tests.transfer.nixl_peer import VALUE
 from tests.transfer.nodes import SOURCE_EPOCH, TARGET_EPOCH, End, Request
 
-needs_nixl = pytest.mark.skipif(
-    importlib.util.find_spec("nixl") is None, reason="nixl is not installed (the extra lightllm[pd])"
-)
+HAS_NIXL = importlib.util.find_spec("nixl") is not None
+needs_nixl = pytest.mark.skipif(not HAS_NIXL, reason="nixl is not installed (the extra lightllm[pd])")
 SIZE = 8 * 1024 * 1024
 
 
@@ -100,16 +100,20 @@ def test_it_is_not_started_before_a_pair_takes_it(rdma, make_end):
     assert only.node.lanes["nixl"]._agent is not None
 
 
+def offered(**fields):
+    version = importlib.metadata.version("nixl") if HAS_NIXL else ""
+    offer = Offer(version=version, block_bytes=NixlLane.BLOCK_BYTES)
+    return msgspec.msgpack.encode(msgspec.structs.replace(offer, **fields))
+
+
 @needs_nixl
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
         (b"\x80", "its offer is not this version's"),
-        (msgspec.msgpack.encode(Offer(version="0.9")), "nixl 0.9 there, "),
-        (
-            msgspec.msgpack.encode(Offer(version="", obstacle="NIXL does not start: x")),
-            "there: NIXL does not",
-        ),
+        (offered(version="0.9"), "nixl 0.9 there, "),
+        (offered(obstacle="NIXL does not start: x"), "there: NIXL does not"),
+        (offered(block_bytes=GPU_BLOCK_BYTES), "one node's KV is on a GPU, the other's is not"),
     ],
 )
 def test_offers_that_are_declined(make_end, fields, reason):
