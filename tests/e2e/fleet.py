@@ -134,7 +134,11 @@ async def stream(port: int, prompt: Prompt, num_tokens: int) -> Answer:
         f"POST /generate_stream HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {len(body)}\r\n"
     )
     answer = Answer(prompt, num_tokens)
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    except OSError as error:  # a master that was killed between two requests
+        answer.wrong = f"the connection broke before it was made: {error}"
+        return answer
     try:
         writer.write(head.encode() + b"content-type: application/json\r\n\r\n" + body)
         status = (await reader.readline()).split(b" ")[1:2]
