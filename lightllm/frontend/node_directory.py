@@ -12,11 +12,15 @@ from typing import Any
 import msgspec
 
 from lightllm.cluster_messages import KVTotals, NodeRecord
+from lightllm.errors import CapacityError
 from lightllm.messages import EngineInfo, EngineStats, KVLayout
 from lightllm.packed_ints import Ints
 
 PREFIX_BLOCK_TOKENS = 64
 MAX_PREFIX_BLOCKS = 65536
+# A decode node that was lost a shorter time ago is expected back: requests wait for it.
+RETURN_S = 10.0
+RETRY_S = 5
 
 
 class PrefixDigest:
@@ -128,6 +132,7 @@ class NodeDirectory:
 
     def __init__(self) -> None:
         self._nodes: dict[str, Node] = {}
+        self._last_lost: tuple[float, Node] | None = None
 
     def __len__(self) -> int:
         return len(self._nodes)
@@ -144,9 +149,18 @@ class NodeDirectory:
         """Nodes of a role that take requests."""
         return [node for node in self._nodes.values() if node.record.role == role and not node.is_draining]
 
+    def require(self, role: str) -> None:
+        """Raise the 503 error that says that there is no node of a role, if so."""
+        if not self.of_role(role):
+            message = f"no {role} node is registered at this pd_master; /cluster shows which nodes there are"
+            raise CapacityError(message, code="no_nodes", retry_after_s=RETRY_S)
+
     def offer(self, vocab_size: int) -> EngineInfo | None:
-        """What all nodes together serve; None while no decode node is there."""
-        decode = self.of_role("decode")
+        """What all nodes together serve; None while no decode node is there, nor expected back.
+
+        One whose link has broken dials again within seconds, and so do all of a master that stood still.
+        """
+        decode = self.of_role("decode") or self._lost_lately()
         if not decode:
             return None
         prefill = self.of_role("prefill") or decode
@@ -194,7 +208,14 @@ class NodeDirectory:
         if self._nodes.get(node.node_id) is not node:
             return False
         del self._nodes[node.node_id]
+        if node.record.role == "decode" and not node.is_draining:
+            self._last_lost = (time.monotonic(), node)
         return True
+
+    def _lost_lately(self) -> list[Node]:
+        if self._last_lost is None or time.monotonic() - self._last_lost[0] >= RETURN_S:
+            return []
+        return [self._last_lost[1]]
 
     def pick_prefill(self, token_ids: Ints, num_tokens: int, avoid: Collection[str] = ()) -> Node | None:
         """The prefill node that will have computed this prompt first.

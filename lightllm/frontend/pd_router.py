@@ -19,7 +19,7 @@ import msgspec
 from lightllm.cluster_messages import NodeReport
 from lightllm.errors import CapacityError
 from lightllm.frontend.engine_client import FinishRate, OutputSink, hand_over
-from lightllm.frontend.node_directory import Node, NodeDirectory
+from lightllm.frontend.node_directory import RETRY_S, Node, NodeDirectory
 from lightllm.frontend.pd_inspector import Inspector
 from lightllm.frontend.pd_probe import PairProbes
 from lightllm.frontend.pd_request import Histories, Leg, Legs, RoutedRequest
@@ -41,7 +41,6 @@ NODE_WAIT_S = 10.0
 PUMP_S = 0.25
 FULL_RETRY_S = 0.5
 MAX_ATTEMPTS = 6
-NO_NODES_RETRY_S = 5
 # Ends of a leg that another request would meet at this node, too.
 NODE_FAULTS = frozenset(("engine_down", "draining", "loading", "queue_full"))
 # All that say something about the node or the transfer, not about the request.
@@ -93,7 +92,7 @@ class PDRouter:
 
     @property
     def info(self) -> EngineInfo | None:
-        """What the cluster offers; None while no decode node is there."""
+        """What the cluster offers; None while no decode node is there, nor expected back."""
         return self.directory.offer(self._vocab_size)
 
     @property
@@ -118,19 +117,16 @@ class PDRouter:
 
     def require_up(self) -> None:
         """Raise the 503 error that says why nothing can be submitted now; decode nodes do without a P."""
-        if not self.directory.of_role("decode"):
-            message = "no decode node is registered at this pd_master; /cluster shows which nodes there are"
-            raise CapacityError(message, code="no_nodes", retry_after_s=NO_NODES_RETRY_S)
+        if self.info is None:
+            self.directory.require("decode")
 
     def require_pair(self) -> None:
         """Raise the 503 error that says which role is missing, or that no KV moves between them."""
-        self.require_up()
-        if not self.directory.of_role("prefill"):
-            message = "no prefill node is registered at this pd_master; /cluster shows which nodes there are"
-            raise CapacityError(message, code="no_nodes", retry_after_s=NO_NODES_RETRY_S)
+        for role in ("decode", "prefill"):
+            self.directory.require(role)
         if not self.probes.is_any_ready:
             message = f"no prefill node has reached a decode node: {self.probes.why_none()}"
-            raise CapacityError(message, code="no_nodes", retry_after_s=NO_NODES_RETRY_S)
+            raise CapacityError(message, code="no_nodes", retry_after_s=RETRY_S)
 
     def submit(self, request: EngineRequest, sink: OutputSink) -> None:
         """Route a request; `sink` gets its outputs until one with a finish_reason.

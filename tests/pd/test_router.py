@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from lightllm.frontend import pd_router
+from lightllm.frontend import node_directory, pd_router
 from tests.pd.harness import Cluster, expected, run, until
 
 
@@ -174,6 +174,27 @@ def test_another_decode_node_that_comes_in_time_goes_on() -> None:
     run(test)
 
 
+def test_new_requests_wait_for_nodes_that_are_expected_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node_directory, "RETURN_S", 3.0)
+
+    async def test(cluster: Cluster) -> None:
+        await pair(cluster)
+        cluster.signal("d1", signal.SIGKILL)
+        await cluster.wait_for("p1")
+        patient = asyncio.create_task(cluster.generate("patient", 9))
+        await until(lambda: cluster.router.num_waiting == 1)
+        assert (await cluster.client.get("/readiness")).status_code == 503
+        cluster.start("decode", "d2")
+        assert (await patient).json()["generated_text"] == [expected("patient", 9)]
+        cluster.signal("d2", signal.SIGKILL)
+        await cluster.wait_for("p1")
+        await until(lambda: cluster.router.info is None)
+        reply = await cluster.generate("too late", 9)
+        assert (reply.status_code, reply.json()["error"]["code"]) == (503, "no_nodes")
+
+    run(test)
+
+
 def test_a_frozen_node_is_lost_and_its_old_words_are_not_heard() -> None:
     async def test(cluster: Cluster) -> None:
         await pair(cluster, step_s=0.02)
@@ -225,11 +246,11 @@ def test_a_full_decode_node_makes_requests_wait_and_none_is_refused() -> None:
 
 def test_prompts_that_wait_for_room_are_not_looked_up_in_caches(monkeypatch: pytest.MonkeyPatch) -> None:
     async def test(cluster: Cluster) -> None:
-        await pair(cluster, num_slots=300, step_s=0.015)
+        await pair(cluster, num_slots=170, step_s=0.015)
         await cluster.ready()
-        hog = asyncio.create_task(cluster.generate("hog", 280))
+        hog = asyncio.create_task(cluster.generate("hog", 150))
         await until(lambda: any(leg.has_output for leg in cluster.router._legs.values()))
-        patient = asyncio.create_task(cluster.generate("patient", 100))
+        patient = asyncio.create_task(cluster.generate("patient", 60))
         await until(lambda: cluster.router.num_waiting == 1)
         looked_up = []
         pick = cluster.router.directory.pick_prefill
@@ -241,8 +262,8 @@ def test_prompts_that_wait_for_room_are_not_looked_up_in_caches(monkeypatch: pyt
         await asyncio.sleep(1.0)  # several turns of the pump
         assert cluster.router.num_waiting == 1
         assert not looked_up
-        assert (await hog).json()["generated_text"] == [expected("hog", 280)]
-        assert (await patient).json()["generated_text"] == [expected("patient", 100)]
+        assert (await hog).json()["generated_text"] == [expected("hog", 150)]
+        assert (await patient).json()["generated_text"] == [expected("patient", 60)]
         assert looked_up
 
     run(test)
