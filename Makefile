@@ -39,7 +39,7 @@ pd-demo: $(INSTALLED) ## a prefill/decode cluster on this machine, one request t
 	@exec $(BIN)/python deploy/pd_demo.py $(ARGS)
 
 test: $(DEV_INSTALLED) ## set up if needed, then run all tests (ARGS="-k radix" selects)
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 drill: $(DEV_INSTALLED) ## nodes of a PD cluster killed, frozen and replaced under 64 streams, for 5 minutes
 	$(BIN)/python benchmarks/pd_drill.py --seconds 300 --streams 64 $(ARGS)
