@@ -48,7 +48,7 @@ check: $(DEV_INSTALLED) ## formatting, lint, types and the contract tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q tests/contracts
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests/contracts
 
 clean: ## remove caches and build products (.venv stays)
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

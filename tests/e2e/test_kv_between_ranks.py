@@ -56,7 +56,7 @@ def check_tokens(pair):
     return prompts[1], found[1]
 
 
-@pytest.mark.parametrize(("prefill_size", "decode_size"), [(2, 1), (2, 3)])
+@pytest.mark.parametrize(("prefill_size", "decode_size"), [(1, 2), (2, 1), (2, 3)])
 def test_nodes_of_different_sizes(make_pair, prefill_size, decode_size):
     pair = make_pair(prefill_size, decode_size)
     assert pair.decode.info.kv_address.count("tcp://") == decode_size
