@@ -1,11 +1,13 @@
 """Fault drills with real processes: nothing hangs, nothing is lost silently, health tells the truth."""
 
+import contextlib
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -128,13 +130,20 @@ def test_sigterm_lets_running_requests_finish_and_refuses_new_ones(start) -> Non
     assert server.process.wait(timeout=10) == 0
 
 
-def test_a_second_signal_stops_now(start) -> None:
-    server: Server = start()
+@contextlib.contextmanager
+def draining(server: Server) -> Iterator[Iterator[dict[str, object]]]:
+    """A long stream's further events, once the server has been told to stop and takes nothing new."""
     with server.client.stream("POST", "/generate_stream", json=LONG) as reply:
         events = stream_events(reply)
         next(events)
         server.process.send_signal(signal.SIGTERM)
         server.wait_until(lambda: server.client.get("/readiness").status_code == 503)
+        yield events
+
+
+def test_a_second_signal_stops_now(start) -> None:
+    server: Server = start()
+    with draining(server) as events:
         began = time.monotonic()
         server.process.send_signal(signal.SIGINT)
         try:
@@ -159,11 +168,7 @@ def test_drain_timeout_ends_what_does_not_finish(start) -> None:
 
 def test_an_engine_that_dies_while_the_node_drains_ends_its_requests_at_once(start) -> None:
     server: Server = start()
-    with server.client.stream("POST", "/generate_stream", json=LONG) as reply:
-        events = stream_events(reply)
-        next(events)
-        server.process.send_signal(signal.SIGTERM)
-        server.wait_until(lambda: server.client.get("/readiness").status_code == 503)
+    with draining(server) as events:
         killed = time.monotonic()
         os.kill(server.children()["engine"], signal.SIGKILL)
         last = list(events)[-1]
