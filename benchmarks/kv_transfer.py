@@ -5,9 +5,11 @@
 
 Two processes with KV pools and no model; with --device cuda both on the first GPU, unless
 CUDA_VISIBLE_DEVICES lists two: then the receiver is on the second. For each lane and length: bytes per second
-from the sender's order to its confirmation, slots in runs and scattered; and the delay from there until a
-receiver that sleeps until it is told, as an idle engine does, has heard of it (it may be earlier). Beside it
-the rates of plain copies. Prints a table to stderr and one JSON object, medians and best runs.
+from the moment when the KV is computed to the sender's confirmation, slots in runs and scattered, for KV that
+is ordered behind the step that computes it, or during that step, as KV of prompts is; and the delay from
+there until a receiver that sleeps until it is told, as an idle engine does, has heard of it (it may be
+earlier). Beside it the rates of plain copies. Prints a table to stderr and one JSON object, medians and best
+runs.
 """
 
 import argparse
@@ -27,11 +29,12 @@ from machine import describe_run
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lightllm.device.base import PastMoment, make_device
+from lightllm.device.base import Moment, PastMoment, make_device
 from lightllm.device.kv_pool import KVPool, kv_bytes_per_token
 from lightllm.distributed.shares import kv_head_ranges
 from lightllm.messages import KVLayout, KVSource, KVTarget, KVTransferOrder
 from lightllm.model_config import ModelConfig
+from lightllm.packed_ints import Ints, pack
 from lightllm.transfer import LANES
 from lightllm.transfer.base import Endings, Limits
 from lightllm.transfer.lane import LaneUnavailable, open_lanes
@@ -46,6 +49,7 @@ SHAPES = {
     "llama2-7b": (32, 32, 128, torch.bfloat16),
 }
 NUM_SLOTS = 16_384
+STEP_S = 0.01
 TOKEN = b"a token for measurements only"
 DEFAULTS = {
     "cpu": {"shapes": "smollm2-135m", "lengths": "128,1024,8192", "lanes": "shm,nixl,tcp"},
@@ -140,9 +144,10 @@ def open_link(lane: str, device_name: str, shape: str, epoch: int) -> KVLink:
     return KVLink(node, "127.0.0.1", 0)
 
 
-def slots_of(count: int, is_scattered: bool) -> list[int]:
+def slots_of(count: int, is_scattered: bool) -> Ints:
     """Slots as a young or an old pool gives them out."""
-    return random.Random(count).sample(range(1, NUM_SLOTS), count) if is_scattered else [*range(1, count + 1)]
+    young = range(1, count + 1)
+    return pack(random.Random(count).sample(range(1, NUM_SLOTS), count) if is_scattered else young)
 
 
 def wait(link: KVLink) -> Endings:
@@ -165,7 +170,7 @@ def receive(lane: str, device_name: str, shape: str) -> None:
             request_id=ticket,
             start=0,
             slots=slots_of(int(count), is_scattered == "True"),
-            token_ids=[0] * int(count),
+            token_ids=pack([0] * int(count)),
             source=KVSource(node_id="", epoch=1, ticket=ticket),
         )
         link.receive(order, PastMoment())
@@ -186,6 +191,30 @@ def receiver(lane: str, device_name: str, shape: str) -> subprocess.Popen:
     )
 
 
+class TimedStep(Moment):
+    """A step on a CPU: it is done in STEP_S."""
+
+    def __init__(self) -> None:
+        self._done_s = time.monotonic() + STEP_S
+
+    def wait(self) -> None:
+        time.sleep(max(0.0, self._done_s - time.monotonic()))
+
+    def is_past(self) -> bool:
+        return time.monotonic() >= self._done_s
+
+
+def begin_step(device_name: str) -> tuple[Moment, Moment]:
+    """Begin what takes a device some STEP_S; its end, to sleep and to spin until it comes."""
+    if device_name == "cpu":
+        step = TimedStep()
+        return step, step
+    device, factor = make_device(device_name), torch.ones(8192, 8192, dtype=torch.bfloat16, device="cuda")
+    for _ in range(8):
+        factor @ factor
+    return device.mark(), device.mark(is_near=True)
+
+
 def measure(
     lane: str, device_name: str, shape: str, lengths: list[int], repeat: int
 ) -> list[dict[str, object]]:
@@ -201,16 +230,20 @@ def measure(
     address = peer.stdout.readline().strip()
     entries = []
     for count in lengths:
-        for is_scattered in (False, True):
+        for is_scattered, is_behind in ((False, False), (True, False), (False, True), (True, True)):
             durations, delays = [], []
             for i in range(repeat + 1):
-                ticket = f"ticket-{count}-{is_scattered}-{i}"
+                ticket = f"ticket-{count}-{is_scattered}-{is_behind}-{i}"
                 peer.stdin.write(f"{ticket} {count} {is_scattered}\n")
                 peer.stdin.flush()
                 assert peer.stdout.readline() == "expected\n"
                 sent = order(ticket, count, is_scattered, address)
+                written, near = begin_step(device_name) if is_behind else (PastMoment(), PastMoment())
                 started_s = time.monotonic()
-                link.send(sent, PastMoment())
+                link.send(sent, written)
+                if is_behind:
+                    near.wait()
+                    started_s = time.monotonic()
                 link.complete(ticket, 0)
                 endings = wait(link)
                 ended_s = time.monotonic()
@@ -219,7 +252,7 @@ def measure(
                 if i:  # the first compiles kernels and opens memory
                     durations.append(ended_s - started_s)
                     delays.append(delay_s)
-            entries.append(entry(lane, shape, count, is_scattered, durations, delays))
+            entries.append(entry(lane, shape, count, (is_scattered, is_behind), durations, delays))
             print(in_words(entries[-1]), file=sys.stderr, flush=True)
     link.close()
     peer.stdin.close()
@@ -233,21 +266,28 @@ def order(ticket: str, count: int, is_scattered: bool, address: str) -> KVTransf
         request_id=ticket,
         start=0,
         slots=slots_of(count, is_scattered),
-        token_ids=[0] * count,
+        token_ids=pack([0] * count),
         target=KVTarget(node_id="", epoch=2, address=address, ticket=ticket),
     )
 
 
 def entry(
-    lane: str, shape: str, count: int, is_scattered: bool, durations: list[float], delays: list[float]
+    lane: str,
+    shape: str,
+    count: int,
+    case: tuple[bool, bool],
+    durations: list[float],
+    delays: list[float],
 ) -> dict[str, object]:
-    """One line of the report."""
+    """One line of the report; `case`: are slots scattered, is the KV ordered while it is computed."""
+    is_scattered, is_behind = case
     num_bytes = count * kv_bytes_per_token(model_of(shape), SHAPES[shape][3])
     return {
         "lane": lane,
         "shape": shape,
         "tokens": count,
         "slots": "scattered" if is_scattered else "in runs",
+        "ordered": "during its step" if is_behind else "behind its step",
         "mb": round(num_bytes / 1e6, 1),
         "ms_median": round(statistics.median(durations) * 1e3, 2),
         "gb_per_s_median": round(num_bytes / statistics.median(durations) / 1e9, 2),
@@ -268,6 +308,8 @@ def copy_rates(device_name: str) -> dict[str, object]:
         rates["device_copy_gb_per_s"] = copy_rate(torch.empty_like(device), device)
         rates["to_host_gb_per_s"] = copy_rate(pinned, device)
         rates["to_device_gb_per_s"] = copy_rate(device, pinned)
+        if torch.cuda.device_count() > 1:
+            rates["peer_copy_gb_per_s"] = copy_rate(device.to("cuda:1"), device)
     return rates
 
 
@@ -285,7 +327,7 @@ def copy_rate(target: torch.Tensor, source: torch.Tensor) -> float:
 
 def in_words(line: dict) -> str:
     """One line of the table."""
-    where = f"{line['lane']:4} {line['shape']:13} {line['tokens']:6} {line['slots']:9}"
+    where = f"{line['lane']:4} {line['shape']:13} {line['tokens']:6} {line['slots']:9} {line['ordered']:15}"
     rate = f"{line['ms_median']:9} ms {line['gb_per_s_median']:8} GB/s (best {line['gb_per_s_best']})"
     return f"{where} {line['mb']:8} MB {rate}"
 

@@ -27,14 +27,21 @@ def compute_capability(device: torch.device) -> tuple[int, int]:
 
 
 class CudaMoment(Moment):
-    """An event behind what was called for on the calling thread's stream."""
+    """An event behind what was called for on the calling thread's stream.
 
-    def __init__(self) -> None:
-        self._event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+    Args:
+        is_near: see Device.mark.
+    """
+
+    def __init__(self, is_near: bool = False) -> None:
+        self._event = torch.cuda.Event(blocking=not is_near)  # type: ignore[no-untyped-call]
         self._event.record()
 
     def wait(self) -> None:
         self._event.synchronize()
+
+    def is_past(self) -> bool:
+        return bool(self._event.query())  # type: ignore[no-untyped-call]
 
 
 class CudaDownload(Download):
@@ -160,8 +167,8 @@ class CudaDevice(Device):
     def unpin(self, memory: Tensor) -> None:
         torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())  # type: ignore[no-untyped-call]
 
-    def mark(self) -> Moment:
-        return CudaMoment()
+    def mark(self, is_near: bool = False) -> Moment:
+        return CudaMoment(is_near)
 
     def synchronize(self) -> None:
         torch.cuda.synchronize()

@@ -6,6 +6,9 @@ program copies tiles of some rows of one tensor, one after the other: no more of
 is enough for the bandwidth of a link and leaves most of the GPU to the steps that run meanwhile.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -13,6 +16,7 @@ from torch import Tensor
 
 TILE_BYTES = 16 * 1024
 MAX_PROGRAMS = 128
+NUM_WARPS = 4
 
 
 @triton.jit(do_not_specialize=["count", "num_tensors", "source_rows", "target_rows"])
@@ -71,7 +75,11 @@ def copy_rows(
         target_slots: [n] int64, none twice; None: its first n rows.
     """
     count = source.shape[1] if source_slots is None else len(source_slots)
-    _launch(source, source.shape[1], source.stride(1), source_slots, target, target_slots, count)
+    if count:
+        grid, arguments = _call(
+            source, source.shape[1], source.stride(1), source_slots, target, target_slots, count
+        )
+        _copy_rows_kernel[grid](*arguments, num_warps=NUM_WARPS)
 
 
 def pull_rows(
@@ -88,10 +96,32 @@ def pull_rows(
         address: of the first row of [num_tensors, num_rows, stride], readable by the device of `target`, of
             its type; words of it that stand behind a row of `target` are left out.
     """
-    _launch(address, num_rows, stride, source_slots, target, target_slots, len(source_slots))
+    prepare_pull(address, num_rows, stride, source_slots, target, target_slots)()
 
 
-def _launch(
+def prepare_pull(
+    address: int,
+    num_rows: int,
+    stride: int,
+    source_slots: Tensor,
+    target: Tensor,
+    target_slots: Tensor | None,
+) -> Callable[[], None]:
+    """`pull_rows` but for the launch, which the returned function does, on what is then the current stream.
+
+    Finding the compiled kernel for these arguments takes several times as long as launching it.
+    """
+    count = len(source_slots)
+    if not count:
+        return lambda: None
+    grid, arguments = _call(address, num_rows, stride, source_slots, target, target_slots, count)
+    if not isinstance(_copy_rows_kernel, triton.JITFunction):  # it is interpreted: nothing is compiled
+        return partial(_copy_rows_kernel[grid], *arguments, num_warps=NUM_WARPS)
+    compiled = _copy_rows_kernel.warmup(*arguments, grid=grid, num_warps=NUM_WARPS)
+    return partial(compiled[grid], *arguments)
+
+
+def _call(
     source: Tensor | int,
     source_rows: int,
     source_stride: int,
@@ -99,15 +129,14 @@ def _launch(
     target: Tensor,
     target_slots: Tensor | None,
     count: int,
-) -> None:
+) -> tuple[tuple[int, int, int], tuple[object, ...]]:
+    """How many programs, and what they are given: one for each parameter of the kernel."""
     num_tensors, target_rows, row = target.shape
-    if not count:
-        return
     tile = TILE_BYTES // target.element_size()
     block_words = min(triton.next_power_of_2(row), tile)
     block_rows = tile // block_words
     num_tiles = num_tensors * triton.cdiv(count, block_rows) * triton.cdiv(row, block_words)
-    _copy_rows_kernel[(min(num_tiles, MAX_PROGRAMS),)](
+    arguments = (
         source,
         target,
         target if source_slots is None else source_slots,
@@ -116,16 +145,16 @@ def _launch(
         num_tensors,
         source_rows,
         target_rows,
-        ROW=row,
-        SOURCE_STRIDE=source_stride,
-        TARGET_STRIDE=target.stride(1),
-        BLOCK_ROWS=block_rows,
-        BLOCK_WORDS=block_words,
-        HAS_SOURCE_SLOTS=source_slots is not None,
-        HAS_TARGET_SLOTS=target_slots is not None,
-        IS_ADDRESS=isinstance(source, int),
-        num_warps=4,
+        row,
+        source_stride,
+        target.stride(1),
+        block_rows,
+        block_words,
+        source_slots is not None,
+        target_slots is not None,
+        isinstance(source, int),
     )
+    return (min(num_tiles, MAX_PROGRAMS), 1, 1), arguments
 
 
 def word_type(row_bytes: int) -> torch.dtype:

@@ -124,6 +124,7 @@ class Hold:
         self._ledger = ledger
         self._lock = threading.Lock()
         self._is_over = False
+        self._untold: KVTransfer | None = None
         self._idle_s: list[float] = []  # of the parts that have come through
 
     @property
@@ -149,7 +150,7 @@ class Hold:
             self.num_bytes += num_bytes
 
     def end_part(self, ending: KVArrival | str, idle_s: float) -> None:
-        """One part has come through; the last one ends the transfer.
+        """One part has come through; the last one ends the transfer, which is then to be logged.
 
         Args:
             idle_s: for so long it waited for the sender's engine with nothing on its way.
@@ -179,12 +180,16 @@ class Hold:
             num_bytes=self.num_bytes,
             duration_s=time.monotonic() - self.began_s - min(self._idle_s, default=0.0),
         )
+        self._untold = transfer
         self._ledger.note(ending, transfer)
-        if self.lane:
-            self._log(transfer)
         return True
 
-    def _log(self, transfer: KVTransfer) -> None:
+    def log(self) -> None:
+        """Log how it has ended, if it has and bytes have moved; once."""
+        with self._lock:
+            transfer, self._untold = self._untold, None
+        if transfer is None or not self.lane:
+            return
         rate = transfer.num_bytes / max(transfer.duration_s, 1e-9) / 1e6
         values = transfer.num_bytes, transfer.transport, transfer.duration_s, rate
         logger.info(
@@ -193,7 +198,9 @@ class Hold:
 
     def fail(self, reason: str, fault: str = "other") -> bool:
         """Give up the slots because the transfer has failed; `fault` is one of KV_FAULTS."""
-        return self.end(KVFailure(request_id=self.request_id, reason=reason), fault)
+        is_new = self.end(KVFailure(request_id=self.request_id, reason=reason), fault)
+        self.log()
+        return is_new
 
 
 class Transport(ABC):

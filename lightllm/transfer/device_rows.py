@@ -5,8 +5,9 @@ the device when a call returns: only the transfer's thread waits for it. Needs t
 """
 
 import queue
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,18 +16,38 @@ from torch import Tensor
 from lightllm.device.base import Device
 from lightllm.device.kv_pool import KVPool
 from lightllm.errors import KVTransferError
-from lightllm.kernels.kv_rows import copy_rows, pull_rows, word_type
+from lightllm.kernels.kv_rows import copy_rows, prepare_pull, pull_rows, word_type
 from lightllm.transfer.plan import KVRows
 
 NUM_QUEUES = 4
+MIN_STAGED_SLOTS = 16_384  # room for the slots of most blocks: pinning memory anew takes longer than a block
 
 
 class _Queue:
-    """A queue of work, and memory of the device for what is copied in it to or from the host."""
+    """A queue of work, memory of the device for what is copied in it to or from the host, and for slots."""
 
-    def __init__(self, entered: AbstractContextManager[object]) -> None:
+    def __init__(self, entered: AbstractContextManager[object], is_pinned: bool) -> None:
         self.entered = entered
+        self._is_pinned = is_pinned
         self._scratch: Tensor | None = None
+        self._slots = torch.empty(0, dtype=torch.int64)
+
+    def stage(self, *lists: np.ndarray) -> tuple[Tensor, list[int]]:
+        """Lists of slots one behind the other, from where one copy takes them all, and where each begins.
+
+        That is a multiple of 16 bytes, as it is where memory is allocated: Triton's kernels are compiled for
+        either case.
+        """
+        starts = [0]
+        for slots in lists:
+            starts.append(starts[-1] + len(slots) + len(slots) % 2)
+        if len(self._slots) < starts[-1]:
+            size = max(starts[-1], MIN_STAGED_SLOTS)
+            self._slots = torch.empty(size, dtype=torch.int64, pin_memory=self._is_pinned)
+        staged = self._slots[: starts[-1]]
+        for slots, start in zip(lists, starts, strict=False):
+            staged.numpy()[start : start + len(slots)] = slots
+        return staged, starts[:-1]
 
     def scratch(self, size: int, device: torch.device) -> Tensor:
         if self._scratch is None or self._scratch.numel() < size:
@@ -58,7 +79,7 @@ class DeviceRows(KVRows):
         self._queues = queues or queue.SimpleQueue()
         if queues is None:
             for _ in range(NUM_QUEUES):
-                self._queues.put(_Queue(device.side_queue()))
+                self._queues.put(_Queue(device.side_queue(), device.is_async))
 
     def _part(self, heads: range) -> "DeviceRows":
         return DeviceRows(self.pool, self._device, self.pool_heads.start, heads, self._queues)
@@ -68,7 +89,8 @@ class DeviceRows(KVRows):
         with self._work() as work:
             is_direct = block.device == self.device
             target = block[:size] if is_direct else work.scratch(size, self.device)
-            copy_rows(self._rows, self._upload(slots), self._as_rows(target, len(slots)), None)
+            (source_slots,) = self._upload(work, slots)
+            copy_rows(self._rows, source_slots, self._as_rows(target, len(slots)), None)
             if not is_direct:
                 block[:size].copy_(target, non_blocking=True)
 
@@ -78,28 +100,37 @@ class DeviceRows(KVRows):
             if block.device != self.device:
                 source = work.scratch(block.numel(), self.device)
                 source.copy_(block, non_blocking=True)
-            copy_rows(self._as_rows(source, len(slots)), None, self._rows, self._upload(slots))
+            (target_slots,) = self._upload(work, slots)
+            copy_rows(self._as_rows(source, len(slots)), None, self._rows, target_slots)
 
-    def pull(
+    def prepare_pull(
         self, address: int, num_slots: int, heads: range, source_slots: np.ndarray, slots: np.ndarray
-    ) -> None:
-        """Copy these heads from slots of another pool, [n] int64, into slots of this one.
+    ) -> Callable[[], None]:
+        """Prepare to copy these heads from slots of another pool, [n] int64, into slots of this one.
 
         Args:
             address: where that pool's storage of `num_slots` begins, readable by this device.
             heads: the model's KV heads that it holds.
+
+        Returns:
+            What does it, and returns when it is done; once.
         """
         first = (self.heads.start - heads.start) * self.head_bytes
         stride = len(heads) * self.head_bytes // self._words.itemsize
+        with self._work() as work:
+            source, target = self._upload(work, source_slots, slots)
+            launch = prepare_pull(address + first, num_slots, stride, source, self._rows, target)
+        return partial(self._run, launch)
+
+    def _run(self, launch: Callable[[], None]) -> None:
         with self._work():
-            source, target = self._upload(source_slots), self._upload(slots)
-            pull_rows(address + first, num_slots, stride, source, self._rows, target)
+            launch()
 
     def read(self, address: int, size: int) -> bytes:
         """The bytes at an address that is readable by this device."""
         with self._work() as work:
             found = work.scratch(size, self.device)
-            none = self._upload(np.zeros(1, dtype=np.int64))
+            (none,) = self._upload(work, np.zeros(1, dtype=np.int64))
             pull_rows(address, 1, size, none, found.view(1, 1, size), None)
             return found.cpu().numpy().tobytes()
 
@@ -125,14 +156,17 @@ class DeviceRows(KVRows):
                 try:
                     yield work
                 finally:
-                    self._device.mark().wait()
+                    self._device.mark(is_near=True).wait()
         except RuntimeError as error:
             raise KVTransferError(f"moving KV on {self._device.label}: {error}") from error
         finally:
             self._queues.put(work)
 
-    def _upload(self, slots: np.ndarray) -> Tensor:
-        return torch.from_numpy(slots).to(self.device)  # the device's own way of uploading is for steps
+    def _upload(self, work: _Queue, *lists: np.ndarray) -> list[Tensor]:
+        """Lists of slots on the device; the device's own way of uploading is for steps."""
+        staged, starts = work.stage(*lists)
+        uploaded = staged.to(self.device, non_blocking=True)
+        return [uploaded[i : i + len(slots)] for i, slots in zip(starts, lists, strict=True)]
 
     def _as_rows(self, memory: Tensor, num_rows: int) -> Tensor:
         """[num_tensors, num_rows, row] words."""

@@ -5,7 +5,10 @@
                                    <--        Choice, or cluster_link's Refused
     Block, and its bytes by lane   -->
                                    <--        Ack            a lane's staging memory may be used again
-    Alive                          -->                       while the next chunk is computed
+    Block, is_ahead                -->                       while its KV is computed
+    Alive                          -->                       while there is nothing to send
+    Ready                          -->
+                                   <--        Ack
     Complete                       -->
                                    <--        Accepted, or Rejected
 
@@ -56,7 +59,8 @@ class Choice(Frame, frozen=True):
 class Block(Frame, frozen=True):
     """`count` tokens from position `start` on are ready; `index` counts the blocks of a transfer.
 
-    `fields` are the lane's own. Before this one the sender has waited `waited_s` for its engine.
+    `fields` are the lane's own. Before this one the sender has waited `waited_s` for its engine. One that
+    `is_ahead` is not ready yet; the next frame but Alive says that it is.
     """
 
     index: int
@@ -64,6 +68,13 @@ class Block(Frame, frozen=True):
     count: int
     waited_s: Seconds = 0.0
     fields: bytes = b""
+    is_ahead: bool = False
+
+
+class Ready(Frame, frozen=True):
+    """The block that was announced ahead is ready; `waited_s` is as in Block."""
+
+    waited_s: Seconds = 0.0
 
 
 class Ack(Frame, frozen=True):
@@ -96,7 +107,7 @@ class Rejected(Frame, frozen=True):
     reason: str
 
 
-FromSender = Block | Alive | Complete
+FromSender = Block | Ready | Alive | Complete
 FromReceiver = Ack | Accepted | Rejected
 FirstFromReceiver = Choice | Refused
 

@@ -55,9 +55,12 @@ class SendingEnd(ABC):
 
     Attributes:
         cut: of that transfer.
+        is_in_place: the receiver reads slots themselves, so that `pack` may be called before they are
+            computed.
     """
 
     cut: Cut
+    is_in_place: ClassVar[bool] = False
 
     @abstractmethod
     def offer(self) -> bytes:
@@ -65,7 +68,7 @@ class SendingEnd(ABC):
 
     @abstractmethod
     def pack(self, index: int, slots: np.ndarray) -> bytes:
-        """Make a block ready: the KV of these slots, [n] int64, which is computed.
+        """Make a block ready: the KV of these slots, [n] int64, which is computed, but see `is_in_place`.
 
         Called while the slots are held; they are not touched here once it has returned.
 
@@ -93,6 +96,13 @@ class ReceivingEnd(ABC):
             KVTransferError: they do not come.
             LinkBroken: the frame's `fields` are not what the lane's sender says.
         """
+
+    def prepare(self, slots: np.ndarray) -> None:
+        """The block that was pulled last will go to these slots once it is computed.
+
+        Does of `unpack` what touches none of them. Not called for each block.
+        """
+        return
 
     @abstractmethod
     def unpack(self, slots: np.ndarray) -> None:

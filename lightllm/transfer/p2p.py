@@ -18,7 +18,7 @@ import os
 import secrets
 import select
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
@@ -233,6 +233,8 @@ class PeerPool:
 
 
 class _Sender(SendingEnd):
+    is_in_place = True
+
     def __init__(self, offer: bytes) -> None:
         self._offer = offer
 
@@ -253,6 +255,7 @@ class _Receiver(ReceivingEnd):
     def __init__(self, peer: PeerPool, rows: "DeviceRows") -> None:
         self._peer, self._rows = peer, rows
         self._source_slots = np.empty(0, dtype=np.int64)
+        self._copy: Callable[[], None] | None = None
 
     def pull(self, channel: Channel, block: Block, size: int, limit_s: float) -> None:
         if len(block.fields) != block.count * SLOT.itemsize:
@@ -260,12 +263,21 @@ class _Receiver(ReceivingEnd):
         slots = np.frombuffer(block.fields, dtype=SLOT).astype(np.int64)
         if slots.min() < 0 or slots.max() >= self._peer.offer.num_slots:
             raise LinkBroken(f"slots {slots.min()}..{slots.max()} of {self._peer.offer.num_slots}")
-        self._source_slots = slots
+        self._source_slots, self._copy = slots, None
+
+    def prepare(self, slots: np.ndarray) -> None:
+        offer = self._peer.offer
+        with self._peer.reading() as address:
+            self._copy = self._rows.prepare_pull(
+                address, offer.num_slots, offer.heads, self._source_slots, slots
+            )
 
     def unpack(self, slots: np.ndarray) -> None:
-        with self._peer.reading() as address:
-            offer = self._peer.offer
-            self._rows.pull(address, offer.num_slots, offer.heads, self._source_slots, slots)
+        if self._copy is None:
+            self.prepare(slots)
+        assert self._copy is not None, "it has been prepared"
+        with self._peer.reading():
+            self._copy()
 
     def close(self) -> None:
         return

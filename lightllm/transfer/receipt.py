@@ -16,7 +16,7 @@ from lightllm.messages import KVArrival, KVSource, KVTransferOrder
 from lightllm.transfer import frames
 from lightllm.transfer.base import Hold, fault_of
 from lightllm.transfer.channel import Channel
-from lightllm.transfer.frames import Accepted, Ack, Alive, Block, Complete, Rejected
+from lightllm.transfer.frames import Accepted, Ack, Alive, Block, Complete, Ready, Rejected
 from lightllm.transfer.lane import Cut, ReceivingEnd
 from lightllm.transfer.plan import digest
 from lightllm.transfer.shipment import Node
@@ -97,6 +97,7 @@ class Intake:
         self.rows = receipt.node.rows.part(heads)
         self._chunks: list[tuple[int, int]] = []
         self._num_there = 0
+        self._ahead: Block | None = None
         self._digest = b""
         self._idle_s = 0.0
         self._last_s = 0.0
@@ -112,16 +113,26 @@ class Intake:
         try:
             while True:
                 match channel.receive(frames.FromSender, node.limits.silence_s):
-                    case Block() as block:
-                        self._note_idle(block.waited_s)
-                        self._take(channel, end, cut, block)
-                        self._last_s = time.monotonic()
-                    case Complete() as complete:
+                    case Block() as block if self._ahead is None:
+                        self._expect(channel, end, cut, block)
+                        if block.is_ahead:
+                            end.prepare(self._slots_of(block))
+                            self._ahead = block
+                        else:
+                            self._note_idle(block.waited_s)
+                            self._take(channel, end, cut, block)
+                    case Ready(waited_s=waited_s) if self._ahead is not None:
+                        self._note_idle(waited_s)
+                        self._take(channel, end, cut, self._ahead)
+                        self._ahead = None
+                    case Complete() as complete if self._ahead is None:
                         self._note_idle(complete.waited_s)
                         self._accept(channel, complete)
                         return
                     case Alive():
                         continue
+                    case other:
+                        raise LinkBroken(f"{type(other).__name__} out of turn")
         except (KVTransferError, LinkBroken, OSError) as error:
             reason = f"receiving KV from {self.receipt.source.node_id}: {error}"
             hold.fail(reason, fault_of(error))
@@ -132,7 +143,11 @@ class Intake:
         """Both ends waited for the sender's engine: the sender so long, this one since its last block."""
         self._idle_s += min(waited_s, time.monotonic() - self._last_s)
 
-    def _take(self, channel: Channel, end: ReceivingEnd, cut: Cut, block: Block) -> None:
+    def _slots_of(self, block: Block) -> np.ndarray:
+        return self.receipt.slots[self._num_there : self._num_there + block.count]
+
+    def _expect(self, channel: Channel, end: ReceivingEnd, cut: Cut, block: Block) -> None:
+        """Get the next block as far as that touches no slots."""
         receipt = self.receipt
         first, stop = self._num_there, self._num_there + block.count
         is_next = block.index == len(self._chunks) and block.start == receipt.start + first
@@ -142,17 +157,21 @@ class Intake:
                 f"{len(self._chunks)} from {receipt.start + first} with 1..{cut.tokens_per_block} tokens of "
                 f"{len(receipt.slots) - first} left"
             )
-        size = block.count * cut.rows.token_bytes
-        end.pull(channel, block, size, receipt.node.limits.silence_s)
-        receipt.free.wait()
-        with receipt.hold.touching():
-            end.unpack(receipt.slots[first:stop])
+        end.pull(channel, block, block.count * cut.rows.token_bytes, receipt.node.limits.silence_s)
         self._chunks.append((block.start, block.count))
-        self._num_there = stop
-        receipt.hold.moved(size)
-        channel.send(Ack(), receipt.node.limits.silence_s)
-        if stop == len(receipt.slots):  # while the sender prepares its last word
+        if stop == len(receipt.slots):
             self._digest = digest(receipt.node.layout, self.rows.heads, receipt.token_ids, self._chunks)
+        receipt.free.wait()
+
+    def _take(self, channel: Channel, end: ReceivingEnd, cut: Cut, block: Block) -> None:
+        """Write a block that has been got into its slots."""
+        receipt = self.receipt
+        with receipt.hold.touching():
+            end.unpack(self._slots_of(block))
+        self._num_there += block.count
+        receipt.hold.moved(block.count * cut.rows.token_bytes)
+        channel.send(Ack(), receipt.node.limits.silence_s)
+        self._last_s = time.monotonic()
 
     def _accept(self, channel: Channel, complete: Complete) -> None:
         receipt = self.receipt
@@ -174,6 +193,7 @@ class Intake:
         arrival = KVArrival(request_id=receipt.hold.request_id, first_token_id=complete.first_token_id)
         receipt.hold.end_part(arrival, self._idle_s)
         channel.send(Accepted(), receipt.node.limits.silence_s)
+        receipt.hold.log()
 
     def _tell(self, channel: Channel, reason: str) -> None:
         """Let the sender know at once, if it still listens."""

@@ -35,6 +35,7 @@ from lightllm.transfer.frames import (
     Complete,
     LaneOffer,
     Opening,
+    Ready,
     Rejected,
 )
 from lightllm.transfer.lane import WINDOW, Lanes, SendingEnd
@@ -166,7 +167,7 @@ class Shipment:
         self._is_closed = False
         self._chunks: list[tuple[int, int]] = []
         self._num_unacknowledged = 0
-        self._acknowledged_s = 0.0
+        self._idle_since_s = hold.began_s
         self._waited_s = 0.0
         self._idle_s = 0.0
 
@@ -207,10 +208,11 @@ class Shipment:
             while not token_ids:
                 token_ids = self._ship_next(channel, end)
             agreed = digest(self._node.layout, self._rows.heads, token_ids, self._chunks)
-            with self._waiting_for_engine():
+            with self._waiting_for_engine(has_it=self._first_token_id is not None):
                 self._wait_until(lambda: self._first_token_id is not None, channel)
             self._complete(channel, len(token_ids), agreed)
             self.hold.end_part(self.hold.request_id, self._idle_s)
+            self.hold.log()
             is_done = True
         except (KVTransferError, LinkBroken, LinkRefused, msgspec.DecodeError, OSError) as error:
             reason = f"sending KV to {self._target.node_id} at {self._address}: {error}"
@@ -223,30 +225,53 @@ class Shipment:
 
     def _ship_next(self, channel: Channel, end: SendingEnd) -> Ints:
         """Ship what the receiver lacks of the next order; its `token_ids`, which only the last one has."""
-        with self._waiting_for_engine():
+        with self._waiting_for_engine(has_it=bool(self._orders)):
             self._wait_until(lambda: bool(self._orders), channel)
-            order, written = self._orders.popleft()
-            written.wait()
+        order, written = self._orders.popleft()
         num_there = max(0, self._start - order.start)
-        for start, slots in blocks(
-            order.start + num_there, order.slots[num_there:], end.cut.tokens_per_block
-        ):
+        pieces = blocks(order.start + num_there, order.slots[num_there:], end.cut.tokens_per_block)
+        ahead = None
+        if end.is_in_place and not written.is_past():
+            ahead = next(pieces, None)
+        if ahead is not None:
+            self._ship(channel, end, *ahead, is_ahead=True)
+        with self._waiting_for_engine(has_it=written.is_past()):
+            written.wait()
+        if ahead is not None:
+            if self.hold.is_over:
+                raise KVTransferError("the transfer was given up here")
+            channel.send(Ready(waited_s=self._take_waited_s()), self._silence_s)
+            self._note_shipped(len(ahead[1]))
+        for start, slots in pieces:
             self._ship(channel, end, start, slots)
         return order.token_ids
 
-    def _ship(self, channel: Channel, end: SendingEnd, start: int, slots: np.ndarray) -> None:
-        index, size = len(self._chunks), len(slots) * self._rows.token_bytes
+    def _ship(
+        self, channel: Channel, end: SendingEnd, start: int, slots: np.ndarray, is_ahead: bool = False
+    ) -> None:
+        """Ship a block, or announce it `is_ahead` of its KV."""
+        index = len(self._chunks)
         while self._num_unacknowledged >= WINDOW:
             self._take_ack(channel)
         with self.hold.touching():
             fields = end.pack(index, slots)
-        waited_s, self._waited_s = self._waited_s, 0.0
-        block = Block(index=index, start=start, count=len(slots), fields=fields, waited_s=waited_s)
+        waited_s = 0.0 if is_ahead else self._take_waited_s()
+        block = Block(
+            index=index, start=start, count=len(slots), fields=fields, waited_s=waited_s, is_ahead=is_ahead
+        )
         channel.send(block, self._silence_s)
-        end.push(channel, index, size, self._silence_s)
         self._chunks.append((start, len(slots)))
+        if not is_ahead:
+            end.push(channel, index, len(slots) * self._rows.token_bytes, self._silence_s)
+            self._note_shipped(len(slots))
+
+    def _note_shipped(self, num_tokens: int) -> None:
         self._num_unacknowledged += 1
-        self.hold.moved(size)
+        self.hold.moved(num_tokens * self._rows.token_bytes)
+
+    def _take_waited_s(self) -> float:
+        waited_s, self._waited_s = self._waited_s, 0.0
+        return waited_s
 
     @property
     def _silence_s(self) -> float:
@@ -314,14 +339,23 @@ class Shipment:
                 raise LinkBroken(f"the peer answered {other!r}, offered were {', '.join(ends)}")
 
     @contextmanager
-    def _waiting_for_engine(self) -> Iterator[None]:
-        """Count the time; it is idle time from when all that was sent had been taken."""
+    def _waiting_for_engine(self, has_it: bool) -> Iterator[None]:
+        """Count the time, unless what is waited for is there.
+
+        It is idle time from when all that was sent had been taken: whatever was done since then in
+        preparation has cost nothing.
+        """
         began_s = time.monotonic()
         yield
+        if has_it:
+            return
         now_s = time.monotonic()
-        self._waited_s += now_s - began_s
-        if not self._num_unacknowledged:
-            self._idle_s += now_s - max(began_s, self._acknowledged_s)
+        if self._num_unacknowledged:
+            self._waited_s += now_s - began_s
+        else:
+            self._waited_s += now_s - self._idle_since_s
+            self._idle_s += now_s - self._idle_since_s
+            self._idle_since_s = now_s
 
     def _wait_until(self, is_ready: Callable[[], bool], channel: Channel) -> None:
         """Wait for the engine, listen to the peer meanwhile, and let it know that we live."""
@@ -348,16 +382,19 @@ class Shipment:
         match channel.receive(frames.FromReceiver, self._silence_s):
             case Ack() if self._num_unacknowledged:
                 self._num_unacknowledged -= 1
-                self._acknowledged_s = time.monotonic()
+                self._idle_since_s = time.monotonic()
             case Rejected(reason=reason):
                 raise KVTransferError(f"the receiver gave up: {reason}", fault="not_accepted")
             case other:
                 raise LinkBroken(f"{type(other).__name__} out of turn")
 
     def _complete(self, channel: Channel, num_tokens: int, agreed: bytes) -> None:
+        """Say the last word, which vouches for what the peer has read: our slots were ours until then."""
         assert self._first_token_id is not None
         while self._num_unacknowledged:
             self._take_ack(channel)
+        if self.hold.is_over:
+            raise KVTransferError("the transfer was given up here")
         complete = Complete(
             ticket=self._target.ticket,
             source_epoch=self._node.epoch,

@@ -72,10 +72,13 @@ class Gate(Moment):
     """A moment that the device reaches when the test says so."""
 
     def __init__(self):
-        self.is_past = threading.Event()
+        self.came = threading.Event()
 
     def wait(self):
-        assert self.is_past.wait(10)
+        assert self.came.wait(10)
+
+    def is_past(self):
+        return self.came.is_set()
 
 
 class InterpretedDevice(CpuDevice):
@@ -167,7 +170,7 @@ class End:
 
     def open(self, gate):
         """The device has come to this moment."""
-        self.gates[gate].is_past.set()
+        self.gates[gate].came.set()
 
     def send(self, order, first_token_id=None, gate=None):
         """Send an order behind a gate, and the first token with the last one."""

@@ -41,6 +41,9 @@ class Mark(Moment):
     def wait(self):
         raise AssertionError("the worker's thread must not wait")
 
+    def is_past(self):
+        return False
+
 
 class BusyDevice(CpuDevice):
     """Marks moments that never come."""
@@ -49,7 +52,7 @@ class BusyDevice(CpuDevice):
         super().__init__()
         self.events = events
 
-    def mark(self):
+    def mark(self, is_near=False):
         return Mark(self.events)
 
 
