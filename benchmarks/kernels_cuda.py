@@ -16,7 +16,9 @@ repeats that rotate over several input sets where these fit into the cache.
 
 import argparse
 import json
+import statistics
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -185,6 +187,18 @@ def attention_case(name, long_query_len, heads, groups) -> dict[str, float]:
     }
 
 
+# KiB of a tile, warps, programs.
+PEER_SETTINGS = (
+    (16, 4, 128),
+    (16, 4, 64),
+    (16, 4, 32),
+    (32, 8, 64),
+    (32, 8, 32),
+    (64, 16, 32),
+    (64, 16, 16),
+    (128, 32, 16),
+    (128, 32, 8),
+)
 KV_ROWS = {"28 layers, 1 KiB": (28, 128), "32 layers, 8 KiB": (32, 1024)}
 
 
@@ -199,16 +213,24 @@ def kv_row_rates() -> dict[str, dict[str, float]]:
         found[name] = {}
         for programs in (16, 32, 64, 128, 256, 512):
             kv_rows.MAX_PROGRAMS = programs
-            seconds = measure(partial(kv_rows.pull_rows, rows.data_ptr(), 8192, row, source, rows, target))
+            pull = kv_rows.prepare_pull(rows.data_ptr(), 8192, row, source, rows, target)
+            seconds = measure(pull)
             found[name][str(programs)] = round(2 * 4096 * 2 * layers * row * 8 / seconds / 1e9, 1)
     kv_rows.MAX_PROGRAMS = default
     return found
 
 
-def peer_row_rates() -> dict[str, dict[str, float]]:
-    """GB/s over the link from the second GPU, of 4,096 scattered slots: by shape, KiB of a tile, programs."""
-    default = kv_rows.MAX_PROGRAMS, kv_rows.TILE_BYTES
-    found: dict[str, dict[str, float]] = {}
+def peer_row_rates() -> dict[str, dict[str, object]]:
+    """Pulling 4,096 scattered slots from the second GPU, by shape, KiB of a tile, warps, and programs.
+
+    GB/s, and the milliseconds by which it delays a run of matrix products like a decode step's.
+    """
+    names = ("MAX_PROGRAMS", "TILE_BYTES", "NUM_WARPS")
+    defaults = {name: getattr(kv_rows, name) for name in names}
+    weights = [torch.zeros(4096, 22016, dtype=torch.bfloat16, device=DEVICE) for _ in range(8)]
+    x = torch.zeros(32, 4096, dtype=torch.bfloat16, device=DEVICE)
+    products = [partial(torch.matmul, x, weight) for weight in weights] * 10
+    found: dict[str, dict[str, object]] = {}
     for name, (layers, row) in KV_ROWS.items():
         theirs = torch.zeros(2 * layers, 8192, row, dtype=torch.int64, device="cuda:1")
         ours = torch.zeros_like(theirs, device=DEVICE)
@@ -217,14 +239,39 @@ def peer_row_rates() -> dict[str, dict[str, float]]:
         found[name] = {"plain copy": round(theirs.nbytes / plain / 1e9, 1)}
         slots = torch.randperm(8192, device=DEVICE)
         source, target = slots[:4096], slots[4096:]
-        for tile_kib in (8, 16, 32):
-            for programs in (64, 128, 256, 512, 1024):
-                kv_rows.TILE_BYTES, kv_rows.MAX_PROGRAMS = tile_kib * 1024, programs
-                pull = partial(kv_rows.pull_rows, theirs.data_ptr(), 8192, row, source, ours, target)
-                rate = theirs.nbytes / 2 / measure(pull) / 1e9
-                found[name][f"{tile_kib} KiB x {programs}"] = round(rate, 1)
-    kv_rows.MAX_PROGRAMS, kv_rows.TILE_BYTES = default
+        alone_ms = delayed_ms(products, lambda: None)
+        found[name]["products alone, ms"] = round(alone_ms, 2)
+        for tile_kib, warps, programs in PEER_SETTINGS:
+            values = programs, tile_kib * 1024, warps
+            for setting, value in zip(names, values, strict=True):
+                setattr(kv_rows, setting, value)
+            pull = kv_rows.prepare_pull(theirs.data_ptr(), 8192, row, source, ours, target)
+            rate = theirs.nbytes / 2 / measure(pull) / 1e9
+            delay_ms = delayed_ms(products, pull) - alone_ms
+            found[name][f"{tile_kib} KiB, {warps} warps x {programs}"] = (round(rate, 1), round(delay_ms, 2))
+    for setting, default in defaults.items():
+        setattr(kv_rows, setting, default)
     return found
+
+
+def delayed_ms(works: list[Callable[[], object]], pull: Callable[[], None]) -> float:
+    """How long these take one after the other with `pull` beside them; median."""
+    side, durations = torch.cuda.Stream(), []
+    for _ in range(9):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        torch.cuda._sleep(1_000_000)  # until all is queued
+        begin.record()
+        side.wait_event(begin)
+        for index, work in enumerate(works):
+            work()
+            if not index:
+                with torch.cuda.stream(side):
+                    pull()
+        end.record()
+        torch.cuda.synchronize()
+        durations.append(begin.elapsed_time(end))
+    return statistics.median(durations)
 
 
 def op_cases(ops: Ops, n: int) -> dict[str, tuple]:

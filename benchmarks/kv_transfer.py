@@ -6,10 +6,10 @@
 Two processes with KV pools and no model; with --device cuda both on the first GPU, unless
 CUDA_VISIBLE_DEVICES lists two: then the receiver is on the second. For each lane and length: bytes per second
 from the moment when the KV is computed to the sender's confirmation, slots in runs and scattered, for KV that
-is ordered behind the step that computes it, or during that step, as KV of prompts is; and the delay from
-there until a receiver that sleeps until it is told, as an idle engine does, has heard of it (it may be
-earlier). Beside it the rates of plain copies. Prints a table to stderr and one JSON object, medians and best
-runs.
+is ordered behind the step that computes it, or during that step, as KV of prompts is; the same for four
+requests of one step, until all are confirmed; and the delay from there until a receiver that sleeps until it
+is told, as an idle engine does, has heard of it (it may be earlier). Beside it the rates of plain copies.
+Prints a table to stderr and one JSON object, medians and best runs.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import threading
 import time
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from machine import describe_run
@@ -150,32 +151,59 @@ def slots_of(count: int, is_scattered: bool) -> Ints:
     return pack(random.Random(count).sample(range(1, NUM_SLOTS), count) if is_scattered else young)
 
 
-def wait(link: KVLink) -> Endings:
-    """Sleep until a transfer has ended."""
-    news = threading.Event()
+def wait(link: KVLink, count: int) -> Endings:
+    """Sleep until so many transfers have ended."""
+    news, found = threading.Event(), Endings([], [], [], [])
     link.watch(news.set)
-    while not any(endings := link.poll()):
+    while True:
+        for known, new in zip(found, link.poll(), strict=True):
+            known.extend(new)
+        if len(found.transfers) == count:
+            return found
         news.wait()
         news.clear()
-    return endings
+
+
+class Case(NamedTuple):
+    """What is ordered.
+
+    Attributes:
+        count: tokens of a request.
+        is_during: the order comes during the step that computes the KV, else behind it.
+        at_once: so many requests.
+    """
+
+    count: int
+    is_scattered: bool
+    is_during: bool
+    at_once: int
+
+    def tickets(self, number: int) -> list[str]:
+        """Of all its requests, in this round."""
+        return [f"{number:>05}-{part:>010}" for part in range(self.at_once)]
+
+
+CASES = ((False, False, 1), (True, False, 1), (False, True, 1), (True, True, 1), (False, True, 4))
 
 
 def receive(lane: str, device_name: str, shape: str) -> None:
-    """Expect what stdin says, line by line: ticket, tokens, scattered; answer with the time of arrival."""
+    """Expect what stdin says, line by line: a round and its case; answer with the time when all had come."""
     link = open_link(lane, device_name, shape, 2)
     print(link.address, flush=True)
     for line in sys.stdin:
-        ticket, count, is_scattered = line.split()
-        order = KVTransferOrder(
-            request_id=ticket,
-            start=0,
-            slots=slots_of(int(count), is_scattered == "True"),
-            token_ids=pack([0] * int(count)),
-            source=KVSource(node_id="", epoch=1, ticket=ticket),
-        )
-        link.receive(order, PastMoment())
+        number, fields = json.loads(line)
+        case = Case(*fields)
+        for ticket in case.tickets(number):
+            order = KVTransferOrder(
+                request_id=ticket,
+                start=0,
+                slots=slots_of(case.count, case.is_scattered),
+                token_ids=pack([0] * case.count),
+                source=KVSource(node_id="", epoch=1, ticket=ticket),
+            )
+            link.receive(order, PastMoment())
         print("expected", flush=True)
-        wait(link)
+        wait(link, case.at_once)
         print(time.monotonic(), flush=True)
     link.close()
 
@@ -228,66 +256,70 @@ def measure(
     assert peer.stdin is not None
     assert peer.stdout is not None
     address = peer.stdout.readline().strip()
-    entries = []
-    for count in lengths:
-        for is_scattered, is_behind in ((False, False), (True, False), (False, True), (True, True)):
-            durations, delays = [], []
-            for i in range(repeat + 1):
-                ticket = f"ticket-{count}-{is_scattered}-{is_behind}-{i}"
-                peer.stdin.write(f"{ticket} {count} {is_scattered}\n")
-                peer.stdin.flush()
-                assert peer.stdout.readline() == "expected\n"
-                sent = order(ticket, count, is_scattered, address)
-                written, near = begin_step(device_name) if is_behind else (PastMoment(), PastMoment())
-                started_s = time.monotonic()
-                link.send(sent, written)
-                if is_behind:
-                    near.wait()
-                    started_s = time.monotonic()
-                link.complete(ticket, 0)
-                endings = wait(link)
-                ended_s = time.monotonic()
-                assert endings.sent == [ticket], endings
-                delay_s = float(peer.stdout.readline()) - ended_s
-                if i:  # the first compiles kernels and opens memory
-                    durations.append(ended_s - started_s)
-                    delays.append(delay_s)
-            entries.append(entry(lane, shape, count, (is_scattered, is_behind), durations, delays))
-            print(in_words(entries[-1]), file=sys.stderr, flush=True)
+    entries, number = [], 0
+    for case in [Case(count, *more) for count in lengths for more in CASES]:
+        orders = partial(orders_of, case, address)
+        durations, delays = [], []
+        for i in range(repeat + 1):
+            number += 1
+            peer.stdin.write(json.dumps((number, case)) + "\n")
+            peer.stdin.flush()
+            assert peer.stdout.readline() == "expected\n"
+            started_s, ended_s = ship(link, orders(number), case, device_name)
+            delay_s = float(peer.stdout.readline()) - ended_s
+            if i:  # the first compiles kernels and opens memory
+                durations.append(ended_s - started_s)
+                delays.append(delay_s)
+        entries.append(entry(lane, shape, case, durations, delays))
+        print(in_words(entries[-1]), file=sys.stderr, flush=True)
     link.close()
     peer.stdin.close()
     peer.wait()
     return entries
 
 
-def order(ticket: str, count: int, is_scattered: bool, address: str) -> KVTransferOrder:
-    """Everything of a request in one order."""
-    return KVTransferOrder(
-        request_id=ticket,
-        start=0,
-        slots=slots_of(count, is_scattered),
-        token_ids=pack([0] * count),
-        target=KVTarget(node_id="", epoch=2, address=address, ticket=ticket),
-    )
+def ship(link: KVLink, orders: list[KVTransferOrder], case: Case, device_name: str) -> tuple[float, float]:
+    """When the KV was computed, and when all was confirmed."""
+    written, near = begin_step(device_name) if case.is_during else (PastMoment(), PastMoment())
+    started_s = time.monotonic()
+    for order in orders:
+        link.send(order, written)
+    if case.is_during:
+        near.wait()
+        started_s = time.monotonic()
+    for order in orders:
+        link.complete(order.request_id, 0)
+    endings = wait(link, len(orders))
+    assert len(endings.sent) == len(orders), endings
+    return started_s, time.monotonic()
+
+
+def orders_of(case: Case, address: str, number: int) -> list[KVTransferOrder]:
+    """Everything of each request in one order."""
+    return [
+        KVTransferOrder(
+            request_id=ticket,
+            start=0,
+            slots=slots_of(case.count, case.is_scattered),
+            token_ids=pack([0] * case.count),
+            target=KVTarget(node_id="", epoch=2, address=address, ticket=ticket),
+        )
+        for ticket in case.tickets(number)
+    ]
 
 
 def entry(
-    lane: str,
-    shape: str,
-    count: int,
-    case: tuple[bool, bool],
-    durations: list[float],
-    delays: list[float],
+    lane: str, shape: str, case: Case, durations: list[float], delays: list[float]
 ) -> dict[str, object]:
-    """One line of the report; `case`: are slots scattered, is the KV ordered while it is computed."""
-    is_scattered, is_behind = case
-    num_bytes = count * kv_bytes_per_token(model_of(shape), SHAPES[shape][3])
+    """One line of the report."""
+    num_bytes = case.at_once * case.count * kv_bytes_per_token(model_of(shape), SHAPES[shape][3])
     return {
         "lane": lane,
         "shape": shape,
-        "tokens": count,
-        "slots": "scattered" if is_scattered else "in runs",
-        "ordered": "during its step" if is_behind else "behind its step",
+        "tokens": case.count,
+        "at_once": case.at_once,
+        "slots": "scattered" if case.is_scattered else "in runs",
+        "ordered": "during its step" if case.is_during else "behind its step",
         "mb": round(num_bytes / 1e6, 1),
         "ms_median": round(statistics.median(durations) * 1e3, 2),
         "gb_per_s_median": round(num_bytes / statistics.median(durations) / 1e9, 2),
@@ -327,7 +359,8 @@ def copy_rate(target: torch.Tensor, source: torch.Tensor) -> float:
 
 def in_words(line: dict) -> str:
     """One line of the table."""
-    where = f"{line['lane']:4} {line['shape']:13} {line['tokens']:6} {line['slots']:9} {line['ordered']:15}"
+    what = f"{line['lane']:4} {line['shape']:13} {line['at_once']} x {line['tokens']:6}"
+    where = f"{what} {line['slots']:9} {line['ordered']:15}"
     rate = f"{line['ms_median']:9} ms {line['gb_per_s_median']:8} GB/s (best {line['gb_per_s_best']})"
     return f"{where} {line['mb']:8} MB {rate}"
 

@@ -82,7 +82,9 @@ def _link(link: dict[str, Any]) -> list[Row]:
             continue
         share = one.get("share_of_peer_copy")
         shown = f", {share:.0%} of it" if share is not None else ""
-        what = f"KV by {one['lane']}, no model, {one['tokens']} {one['slots']}"
+        what = (
+            f"KV by {one['lane']} alone, {one['at_once']} x {one['tokens']} {one['slots']}, {one['ordered']}"
+        )
         figure = f"{_gb(one['gb_per_s_median'])}, {_ms(one['ms_median'])}{shown}"
         rows.append((what, figure, "", "", f">= {PEER_SHARE:.0%}"))
     return rows

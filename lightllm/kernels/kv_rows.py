@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 TILE_BYTES = 16 * 1024
-MAX_PROGRAMS = 128
+MAX_PROGRAMS = 64
 NUM_WARPS = 4
 
 
@@ -82,23 +82,6 @@ def copy_rows(
         _copy_rows_kernel[grid](*arguments, num_warps=NUM_WARPS)
 
 
-def pull_rows(
-    address: int,
-    num_rows: int,
-    stride: int,
-    source_slots: Tensor,
-    target: Tensor,
-    target_slots: Tensor | None,
-) -> None:
-    """As `copy_rows`, from memory that is not a tensor of this process.
-
-    Args:
-        address: of the first row of [num_tensors, num_rows, stride], readable by the device of `target`, of
-            its type; words of it that stand behind a row of `target` are left out.
-    """
-    prepare_pull(address, num_rows, stride, source_slots, target, target_slots)()
-
-
 def prepare_pull(
     address: int,
     num_rows: int,
@@ -107,9 +90,15 @@ def prepare_pull(
     target: Tensor,
     target_slots: Tensor | None,
 ) -> Callable[[], None]:
-    """`pull_rows` but for the launch, which the returned function does, on what is then the current stream.
+    """As `copy_rows`, from memory that is not a tensor of this process, in two steps.
 
-    Finding the compiled kernel for these arguments takes several times as long as launching it.
+    Args:
+        address: of the first row of [num_tensors, num_rows, stride], readable by the device of `target`, of
+            its type; words of it that stand behind a row of `target` are left out.
+
+    Returns:
+        What launches the kernel on the stream that is then the current one. Finding the compiled kernel for
+        these arguments takes several times as long.
     """
     count = len(source_slots)
     if not count:

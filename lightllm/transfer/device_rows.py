@@ -16,7 +16,7 @@ from torch import Tensor
 from lightllm.device.base import Device
 from lightllm.device.kv_pool import KVPool
 from lightllm.errors import KVTransferError
-from lightllm.kernels.kv_rows import copy_rows, prepare_pull, pull_rows, word_type
+from lightllm.kernels.kv_rows import copy_rows, prepare_pull, word_type
 from lightllm.transfer.plan import KVRows
 
 NUM_QUEUES = 4
@@ -131,7 +131,7 @@ class DeviceRows(KVRows):
         with self._work() as work:
             found = work.scratch(size, self.device)
             (none,) = self._upload(work, np.zeros(1, dtype=np.int64))
-            pull_rows(address, 1, size, none, found.view(1, 1, size), None)
+            prepare_pull(address, 1, size, none, found.view(1, 1, size), None)()
             return found.cpu().numpy().tobytes()
 
     def host_memory(self, size: int) -> Tensor:

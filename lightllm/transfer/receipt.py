@@ -109,7 +109,7 @@ class Intake:
             KVTransferError, LinkBroken: the transfer has failed; the hold's ending says why.
         """
         hold, node = self.receipt.hold, self.receipt.node
-        self._last_s = time.monotonic()
+        self._last_s = hold.began_s  # opening it takes no time while the sender's engine computes
         try:
             while True:
                 match channel.receive(frames.FromSender, node.limits.silence_s):

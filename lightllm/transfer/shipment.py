@@ -235,6 +235,8 @@ class Shipment:
             ahead = next(pieces, None)
         if ahead is not None:
             self._ship(channel, end, *ahead, is_ahead=True)
+        while self._num_unacknowledged and not written.is_past():
+            self._take_ack(channel)
         with self._waiting_for_engine(has_it=written.is_past()):
             written.wait()
         if ahead is not None:

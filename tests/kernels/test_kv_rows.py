@@ -58,7 +58,7 @@ def test_pull(device, num_tensors, num_rows, row, dtype) -> None:
     expected = target.clone()
     slots = slots_of(num_rows, num_rows - 2, device, 2), slots_of(num_rows + 3, num_rows - 2, device, 3)
     ref.copy_rows(source, slots[0], expected, slots[1])
-    kv_rows.pull_rows(source.data_ptr(), num_rows, row, slots[0], target, slots[1])
+    kv_rows.prepare_pull(source.data_ptr(), num_rows, row, slots[0], target, slots[1])()
     assert torch.equal(target, expected)
 
 
@@ -78,7 +78,7 @@ def test_some_columns_of_longer_rows(device, first, count) -> None:
     expected = shorter.clone()
     expected[:, others, 0] = source[:, slots, first]
     address = source.data_ptr() + first * source.element_size()
-    kv_rows.pull_rows(address, 20, 5, slots, shorter[:, :, :1], others)
+    kv_rows.prepare_pull(address, 20, 5, slots, shorter[:, :, :1], others)()
     assert torch.equal(shorter, expected)
 
 

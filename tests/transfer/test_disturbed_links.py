@@ -40,6 +40,13 @@ def ship(source, target, address, request):
     source.send(last, 42)
 
 
+def wait_until(condition, limit_s=3.0):
+    until_s = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < until_s
+        time.sleep(0.005)
+
+
 def check_right(source, target, request):
     assert np.array_equal(target.kv(request.target_slots), source.kv(request.source_slots))
 
@@ -64,7 +71,7 @@ def test_one_frame_comes_to_harm_whichever_it_is(lane, kind):
     assert not failed
 
 
-def harm(lane, kind, way, index):
+def harm(lane, kind, way, index, ship=ship):
     """One transfer with one harm, and one behind it."""
     with ends(lane) as (source, target, proxy):
         proxy.harm = way, index, kind

@@ -7,7 +7,7 @@ import pytest
 
 from lightllm.transfer import link
 from tests.transfer.nodes import Request
-from tests.transfer.test_disturbed_links import NUM_FRAMES, NUM_TOKENS, check_right, ends, ship
+from tests.transfer.test_disturbed_links import NUM_FRAMES, NUM_TOKENS, check_right, ends, ship, wait_until
 
 # Of a transfer on a kept connection: all but the greeting.
 NUM_LATER_FRAMES = {"there": NUM_FRAMES["there"] - 1, "back": NUM_FRAMES["back"] - 2}
@@ -29,13 +29,6 @@ def move(source, target, proxy, number):
 def num_greetings(proxy):
     """How often somebody has dialled: only a first frame says what a link is for."""
     return sum(b"purpose" in frame for frame in proxy.frames["there"])
-
-
-def wait_until(condition, limit_s=3.0):
-    until_s = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < until_s
-        time.sleep(0.005)
 
 
 @pytest.mark.parametrize("lane", ["shm", "tcp"])

@@ -1,0 +1,147 @@
+"""Blocks that are announced while their KV is computed: what is read is what was computed, or nothing."""
+
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import msgspec
+import numpy as np
+import pytest
+
+from lightllm.cluster_link import HEAD_BYTES, Dialer
+from lightllm.transfer import LANES, frames, lane
+from lightllm.transfer.channel import Channel
+from lightllm.transfer.frames import Ack, Alive, Block, Choice, Complete, LaneOffer, Opening, Ready, Rejected
+from tests.transfer.frame_proxy import HARMS, LENGTH
+from tests.transfer.nodes import LAYOUT, SOURCE_EPOCH, TARGET_EPOCH, TOKEN, Request
+from tests.transfer.test_disturbed_links import NUM_TOKENS, check_right, ends, harm, wait_until
+
+# Of the first order a block of five tokens; of the second one block ahead, its Ready, and a block.
+NUM_FRAMES = {"there": 7, "back": 7}
+
+
+@pytest.fixture(autouse=True)
+def has_lane(monkeypatch):
+    monkeypatch.setattr(lane, "LANES", {**LANES, "here": "tests.transfer.here:HereLane"})
+
+
+def is_announced(proxy):
+    """Whether a block ahead has passed."""
+    bodies = [msgspec.msgpack.decode(unit[LENGTH.size + HEAD_BYTES :]) for unit in proxy.frames["there"][1:]]
+    return any(body.get("is_ahead") for body in bodies)
+
+
+def begin(source, target, address, request):
+    """Ship all of it but what the device still computes; its gate."""
+    target.receive(request.expected())
+    first, last = request.orders(address, 5)
+    source.send(first)
+    gate = source.gate()
+    source.send(last, 42, gate)
+    return gate
+
+
+def ship_ahead(source, target, address, request):
+    gate = begin(source, target, address, request)
+    time.sleep(0.15)
+    source.open(gate)
+
+
+def test_what_is_computed_behind_the_announcement_arrives():
+    with ends("here") as (source, target, proxy):
+        request = Request(NUM_TOKENS)
+        before = target.kv(request.target_slots[5:])
+        gate = begin(source, target, proxy.address, request)
+        wait_until(lambda: is_announced(proxy))
+        time.sleep(0.05)
+        assert np.array_equal(target.kv(request.target_slots[5:]), before)
+        source.change(request.source_slots[5:])
+        source.open(gate)
+        assert target.wait().received
+        assert source.wait().sent
+        check_right(source, target, request)
+        assert {way: len(passed) for way, passed in proxy.frames.items()} == NUM_FRAMES
+
+
+def test_the_step_does_not_count_as_time_of_the_transfer():
+    with ends("here") as (source, target, proxy):
+        gate = begin(source, target, proxy.address, Request(NUM_TOKENS))
+        time.sleep(0.5)
+        source.open(gate)
+        for end in (source, target):
+            assert 0 < end.wait().transfers[0].duration_s < 0.3
+
+
+@pytest.mark.parametrize("name", ["source", "target"])
+def test_one_that_is_given_up_ahead_is_never_read(name):
+    with ends("here") as (source, target, proxy):
+        request = Request(NUM_TOKENS)
+        gate = begin(source, target, proxy.address, request)
+        wait_until(lambda: is_announced(proxy))
+        before = target.kv(request.target_slots[5:])
+        {"source": source, "target": target}[name].cancel("r")
+        source.open(gate)
+        assert source.wait().failed
+        assert target.wait().failed
+        assert np.array_equal(target.kv(request.target_slots[5:]), before)
+
+
+@pytest.mark.parametrize("kind", HARMS)
+def test_one_frame_comes_to_harm_whichever_it_is(kind):
+    places = [(way, index) for way, count in NUM_FRAMES.items() for index in range(count)]
+    with ThreadPoolExecutor(len(places)) as pool:
+        done = {place: pool.submit(partial(harm, "here", kind, *place, ship=ship_ahead)) for place in places}
+    failed = {place: repr(case.exception()) for place, case in done.items() if case.exception() is not None}
+    assert not failed
+
+
+def opened(target, request):
+    """A connection of a sender that says what the test wants, up to the receiver's choice."""
+    host, port = target.address().removeprefix("tcp://").split(":")
+    channel = Channel(socket.create_connection((host, int(port))))
+    dialer = Dialer(TOKEN, frames.PURPOSE, "n", SOURCE_EPOCH)
+    channel.send_raw(dialer.answer(channel.receive_raw(3)), 3)
+    _, channel.seal = dialer.finish(channel.receive_raw(3))
+    offer = LaneOffer(name="here", fields=target.offer("here"))
+    opening = Opening(ticket=request.ticket, target_epoch=TARGET_EPOCH, rank=0, layout=LAYOUT, lanes=[offer])
+    channel.send(opening, 3)
+    assert type(channel.receive(frames.FirstFromReceiver, 3)) is Choice
+    return channel
+
+
+def block(index, **fields):
+    slots = np.arange(5 * index + 1, 5 * index + 6)
+    return Block(index=index, start=5 * index, count=5, fields=slots.tobytes(), **fields)
+
+
+COMPLETE = Complete(
+    ticket="t", source_epoch=1, target_epoch=1, num_tokens=10, first_token_id=1, digest=b"", waited_s=0
+)
+
+
+@pytest.mark.parametrize(
+    ("said", "text"),
+    [
+        ([Ready()], "Ready out of turn"),
+        ([block(0), Ready()], "Ready out of turn"),
+        ([block(0, is_ahead=True), block(1)], "Block out of turn"),
+        ([block(0, is_ahead=True), block(1, is_ahead=True)], "Block out of turn"),
+        ([block(0, is_ahead=True), COMPLETE], "Complete out of turn"),
+        ([block(0, is_ahead=True), Alive(), Ready(), Ready()], "Ready out of turn"),
+    ],
+)
+def test_frames_in_another_order_end_the_transfer(said, text):
+    with ends("here") as (_, target, _):
+        request = Request(10)
+        target.receive(request.expected())
+        channel = opened(target, request)
+        for frame in said:
+            channel.send(frame, 3)
+        assert text in target.reason()
+        assert target.fault() == "bad_frame"
+        heard = channel.receive(frames.FromReceiver, 3)
+        while type(heard) is Ack:
+            heard = channel.receive(frames.FromReceiver, 3)
+        assert type(heard) is Rejected
+        channel.close()
