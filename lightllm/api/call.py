@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from lightllm.api.bodies import Bodies, BodyShare
 from lightllm.api.errors import envelope, error_headers
 from lightllm.api.metrics import Metrics
 from lightllm.api.parsing import parse_request
@@ -58,6 +59,7 @@ class AppContext:
         cluster: the nodes of a pd_master, None in other roles.
         agent: the links of a prefill or decode node to its masters, None in other roles.
         is_draining: set when nothing new is taken any more.
+        bodies: the room for what clients send.
     """
 
     config: Config
@@ -74,6 +76,10 @@ class AppContext:
     is_draining: bool = False
     created_unix_s: int = field(default_factory=lambda: int(time.time()))
     logged_fields: set[str] = field(default_factory=set)
+    bodies: Bodies = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.bodies = Bodies(self.config.server.max_request_bytes)
 
     def require_serving(self) -> None:
         """Raise the 503 error that says why no request is taken now."""
@@ -141,11 +147,12 @@ class Call:
 
     # ------------------------------------------------------------ request
 
-    async def body(self) -> bytearray:
-        """Read the whole body, within its bounds of size, type and time.
+    async def _body(self, share: BodyShare) -> bytearray:
+        """Read the whole body, within its bounds of size, type, time and common room.
 
         Raises:
-            LightLLMError: too_large, bad_content_type, body_timeout, or bad_json for broken chunks.
+            LightLLMError: too_large, bad_content_type, queue_full, body_timeout, or bad_json for broken
+                chunks.
             ClientGone: the client left while sending.
         """
         limit = self.context.config.server.max_request_bytes
@@ -153,6 +160,8 @@ class Call:
         if length.isdigit() and int(length) > limit:
             raise _too_large(limit)
         self._check_content_type()
+        if length.isdigit():
+            share.expect(int(length))
         body = bytearray()
         try:
             async with asyncio.timeout(BODY_LIMIT_S):
@@ -162,9 +171,11 @@ class Call:
                         raise self.client.fault
                     if message["type"] == "http.disconnect":
                         raise ClientGone
-                    body += message.get("body", b"")
-                    if len(body) > limit:
+                    piece = message.get("body", b"")
+                    if len(body) + len(piece) > limit:
                         raise _too_large(limit)
+                    share.take(len(piece))
+                    body += piece
                     if not message.get("more_body", False):
                         return body
         except TimeoutError:
@@ -175,10 +186,11 @@ class Call:
         """Read the body and convert it; unknown fields are named in the answer and logged once.
 
         Raises:
-            LightLLMError: any of the errors of `body` and `parse_request`.
+            LightLLMError: any of the errors of `_body` and `parse_request`.
         """
         strict = self.context.config.server.strict_fields
-        value, self.ignored = parse_request(await self.body(), kind, strict_fields=strict)
+        with self.context.bodies.share() as share:
+            value, self.ignored = parse_request(await self._body(share), kind, strict_fields=strict)
         self._log_ignored()
         return value
 
