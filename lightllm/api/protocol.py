@@ -347,6 +347,9 @@ class LightLLMProtocol(HttpToolsProtocol):
         if self._has_upgrade:
             return
         super().on_message_complete()
+        if not self.pipeline:
+            # It stopped at 64 KiB of a body; without it nobody sees that a client leaves.
+            self.flow.resume_reading()
         if self._discard_timer is not None:
             self._discard_timer.cancel()
             self._discard_timer = None

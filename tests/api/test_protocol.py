@@ -165,12 +165,13 @@ def test_endless_bodies_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("path", ["/generate", "/generate_stream", "/v1/completions"])
-def test_a_client_that_leaves_cancels_its_request(path: str) -> None:
+@pytest.mark.parametrize("num_bytes", [100, 200_000])
+def test_a_client_that_leaves_cancels_its_request(path: str, num_bytes: int) -> None:
     async def test(context, connect) -> None:
         engine = context.engine
         engine.resumed.clear()
         wire = await connect()
-        await wire.send(post(path, b'{"inputs":"hi","prompt":"hi"}'))
+        await wire.send(post(path, b'{"inputs":"hi","prompt":"hi"}'.ljust(num_bytes)))
         await wait_for(lambda: engine.requests)
         wire.writer.close()
         await wait_for(lambda: engine.aborted)
