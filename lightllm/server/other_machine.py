@@ -117,25 +117,24 @@ def _dial(config: Config, token: bytes, hello: MachineHello) -> MachineLink:
 def _serve(own: Config, link: MachineLink) -> None:
     """From the welcome to the end of the link; raises ClusterError with the reason."""
     decoder = messages.decoder(ToMachine)
-    with _directory() as directory:
+    with _directory() as directory, contextlib.ExitStack() as until_the_end:
         ranks: LocalRanks | None = None
         context = zmq.Context(io_threads=1)
-        try:
-            while True:
-                body = link.receive()
-                try:
-                    message = decoder.decode(body)
-                except msgspec.DecodeError as error:
-                    raise ClusterError(f"{link.peer} sent what is no message: {error}") from error
-                match message:
-                    case ScheduledBatch() if ranks is not None:
-                        ranks.send(body)
-                    case MachineWelcome() if ranks is None:
-                        ranks = _start(own, message, link, directory, context)
-        finally:
-            if ranks is not None:
-                ranks.kill()
-            context.destroy(linger=0)
+        until_the_end.callback(context.destroy, linger=0)
+        while True:
+            body = link.receive()
+            try:
+                message = decoder.decode(body)
+            except msgspec.DecodeError as error:
+                raise ClusterError(f"{link.peer} sent what is no message: {error}") from error
+            match message:
+                case ScheduledBatch() if ranks is not None:
+                    ranks.send(body)
+                case MachineWelcome() if ranks is None:
+                    inbox, address = _inbox(directory, context)
+                    ranks = _start(own, message, link, directory, context, address)
+                    until_the_end.callback(ranks.kill)
+                    until_the_end.enter_context(_passing_on(inbox, ranks, link))
 
 
 @contextlib.contextmanager
@@ -147,12 +146,22 @@ def _directory() -> Iterator[Path]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
+def _inbox(directory: Path, context: "zmq.Context[zmq.Socket[bytes]]") -> "tuple[zmq.Socket[bytes], str]":
+    """Where the workers of this machine say what they have to say, and its address."""
+    inbox = context.socket(zmq.PULL)
+    inbox.setsockopt(zmq.RCVHWM, 0)
+    address = f"ipc://{directory}/ranks"
+    inbox.bind(address)
+    return inbox, address
+
+
 def _start(
     own: Config,
     welcome: MachineWelcome,
     link: MachineLink,
     directory: Path,
     context: "zmq.Context[zmq.Socket[bytes]]",
+    address: str,
 ) -> LocalRanks:
     """Start the workers of this machine by machine 0's configuration; only where things are is our own."""
     theirs, replace = decode_config(welcome.config), msgspec.structs.replace
@@ -162,33 +171,47 @@ def _start(
         parallel=replace(theirs.parallel, node_rank=own.parallel.node_rank),
         environment=own.environment,
     )
-    inbox = context.socket(zmq.PULL)
-    inbox.setsockopt(zmq.RCVHWM, 0)
-    address = f"ipc://{directory}/ranks"
-    inbox.bind(address)
-    ranks = LocalRanks(config, directory, context, address, meeting=welcome.meeting, host=link.own_address)
-    threading.Thread(target=_pass_on, args=(inbox, ranks, link), daemon=True).start()
-    return ranks
+    return LocalRanks(config, directory, context, address, meeting=welcome.meeting, host=link.own_address)
 
 
-def _pass_on(inbox: "zmq.Socket[bytes]", ranks: LocalRanks, link: MachineLink) -> None:
+@contextlib.contextmanager
+def _passing_on(inbox: "zmq.Socket[bytes]", ranks: LocalRanks, link: MachineLink) -> Iterator[None]:
+    """Have a thread pass on what the ranks say; at the end it has ended, and the link with it.
+
+    A zmq socket belongs to one thread at a time: from here on `inbox` is that thread's, which closes it.
+    """
+    is_over = threading.Event()
+    thread = threading.Thread(target=_pass_on, args=(inbox, ranks, link, is_over), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        link.close()  # the thread may be waiting for room in it
+        thread.join()
+
+
+def _pass_on(
+    inbox: "zmq.Socket[bytes]", ranks: LocalRanks, link: MachineLink, is_over: threading.Event
+) -> None:
     """Pass everything that the ranks say to machine 0, and say it for those that no longer can."""
     decoder = messages.decoder(FromRank)
     dead: set[int] = set()
-    try:
-        while True:
-            if inbox.poll(POLL_MS):
-                body = inbox.recv()
-                link.send(body)
-                _tell(decoder.decode(body))
-                continue
-            for failure in ranks.find_dead():
-                if failure.rank not in dead:
-                    dead.add(failure.rank)
-                    logger.error("%s", failure.message)
-                    link.send(messages.encode(failure))
-    except (ClusterError, zmq.ZMQError):
-        return  # the thread that receives hears of it too
+    with inbox:
+        try:
+            while not is_over.is_set():
+                if inbox.poll(POLL_MS):
+                    body = inbox.recv()
+                    link.send(body)
+                    _tell(decoder.decode(body))
+                    continue
+                for failure in ranks.find_dead():
+                    if failure.rank not in dead:
+                        dead.add(failure.rank)
+                        logger.error("%s", failure.message)
+                        link.send(messages.encode(failure))
+        except ClusterError:
+            return  # the thread that receives hears of it too
 
 
 def _tell(message: FromRank) -> None:

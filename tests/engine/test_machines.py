@@ -26,6 +26,7 @@ from lightllm.rank_messages import (
     RankFailed,
     ToMachine,
 )
+from lightllm.server import other_machine
 
 TOKEN = b"0123456789abcdef0123456789abcdef"
 RECORD = {"version": "1", "--tp": "2"}
@@ -193,3 +194,50 @@ def test_a_taken_port_is_named(tmp_path):
         with pytest.raises(BindError, match="--multinode_port"):
             Machines(config, RECORD, context, f"ipc://{tmp_path}/inbox").gather(lambda text: None)
         context.destroy(linger=0)
+
+
+class NoRanks:
+    """Workers that need no model: say one thing, and note who else runs when they are ended."""
+
+    def __init__(self, config, directory, context, address, **places) -> None:
+        self.threads_at_end: list[threading.Thread] = []
+        self._outbox = context.socket(zmq.PUSH)
+        self._outbox.connect(address)
+        self._outbox.send(messages.encode(RankAlive(rank=1)))
+
+    def find_dead(self) -> list[RankFailed]:
+        return []
+
+    def kill(self) -> None:
+        self.threads_at_end = threading.enumerate()
+        self._outbox.close(linger=0)
+
+
+def test_the_thread_that_passes_on_has_ended_before_its_socket_is_closed(first, monkeypatch):
+    """zmq may crash where one thread closes what another one polls."""
+    made: list[NoRanks] = []
+
+    def start(*args, **places) -> NoRanks:
+        made.append(NoRanks(*args, **places))
+        return made[-1]
+
+    monkeypatch.setattr(other_machine, "LocalRanks", start)
+    link = first.dial(hello())
+    first.thread.join(timeout=5)
+    before = set(threading.enumerate())
+    ended: list[ClusterError] = []
+
+    def serve() -> None:
+        with pytest.raises(ClusterError) as caught:
+            other_machine._serve(first.config, link)
+        ended.append(caught.value)
+
+    serving = threading.Thread(target=serve)
+    serving.start()
+    assert first.receive() == RankAlive(rank=1)
+    assert len(set(threading.enumerate()) - before) == 2
+    first.machines.close()
+    serving.join(timeout=5)
+    assert [str(error) for error in ended] == [f"{link.peer} has closed its link"]
+    (ranks,) = made
+    assert set(ranks.threads_at_end) - before == {serving}
