@@ -209,7 +209,7 @@ def check_prompts(prompt: Any) -> list[str | list[int]]:
         prompts: list[Any] = [prompt]
     elif not isinstance(prompt, list):
         raise wrong_type("prompt", prompt, "str, [str], [int] or [[int]]")
-    elif prompt and all(type(entry) is int for entry in prompt):
+    elif set(map(type, prompt)) == {int}:
         prompts = [prompt]
     else:
         prompts = prompt
@@ -224,8 +224,7 @@ def check_prompts(prompt: Any) -> list[str | list[int]]:
             raise wrong_type(param, entry, "all prompts of one kind: str, or lists of token ids")
         if not entry:
             raise out_of_range(param, entry, "a prompt that is not empty")
-        if not is_text:
-            for token_id in entry:
-                if type(token_id) is not int:
-                    raise wrong_type(param, token_id, "token ids (int)")
+        if not is_text and set(map(type, entry)) != {int}:
+            other = next(value for value in entry if type(value) is not int)
+            raise wrong_type(param, other, "token ids (int)")
     return prompts

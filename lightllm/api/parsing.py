@@ -16,12 +16,15 @@ import msgspec
 from lightllm.errors import RequestError
 
 MAX_DEPTH = 64
-# Bounds the memory and time that empty lists and objects by the million would take.
-MAX_BRACKETS = 262_144
+# The event loop stands still while a body is decoded, and other threads with it. 16 MiB of text take some
+# milliseconds, of token ids two tenths of a second; containers, keys and strings by the million would take one.
+MAX_CONTAINERS = 65_536
+MAX_KEYS = 131_072
+MAX_STRINGS = 262_144
+_PIECE_BYTES = 64 * 1024
 T = TypeVar("T", bound=msgspec.Struct)
 
 _CONTAINERS = frozenset((dict, list))
-_KEY_END = re.compile(rb'"[ \t\r\n]*:')
 _LOCATION = re.compile(r"^(?P<what>.*?)(?: - at (?:`key` in )?`\$\.?(?P<path>.*)`)?$", re.DOTALL)
 _EXPECTED = re.compile(r"^Expected `(?P<expected>.*)`, got `(?P<got>.*)`$", re.DOTALL)
 _MISSING = re.compile(r"^Object missing required field `(?P<field>.*)`$", re.DOTALL)
@@ -42,9 +45,7 @@ def parse_json(body: bytes | bytearray) -> Any:
     """
     if not body:
         raise _bad("the body is empty; send one JSON object")
-    num_brackets = body.count(b"[") + body.count(b"{")
-    if num_brackets > MAX_BRACKETS:
-        raise _bad(f"the body has more than {MAX_BRACKETS} opening brackets")
+    size = _size_of(body)
     try:
         value = msgspec.json.decode(body)
     except RecursionError:
@@ -54,9 +55,7 @@ def parse_json(body: bytes | bytearray) -> Any:
         if not _is_utf8(body):
             raise _bad("the body is not UTF-8") from None
         raise _bad(f"the body is not valid JSON: {str(error)[:200]}") from None
-    # Each key of the text leaves a quote and a colon. Where there are more of these than keys, a key was
-    # written twice or a string holds some: only then the slow way is needed to tell.
-    if len(_KEY_END.findall(body)) > _count_keys(value, num_brackets):
+    if size.num_keys > _count_keys(value, size.num_containers):
         _check_unique(body)
     return value
 
@@ -102,24 +101,55 @@ def _is_utf8(body: bytes | bytearray) -> bool:
     return True
 
 
-def _count_keys(value: Any, num_brackets: int) -> int:
+class _Size(NamedTuple):
+    """How many lists and objects, keys, and strings, keys among them, a JSON text has."""
+
+    num_containers: int
+    num_keys: int
+    num_strings: int
+
+
+def _size_of(body: bytes | bytearray) -> _Size:
+    """Count by what stands outside of strings; refuses what has too much of it, before it is decoded."""
+    limits = {"lists and objects": MAX_CONTAINERS, "keys": MAX_KEYS, "strings": MAX_STRINGS}
+    size, num_quotes, begin = _Size(0, 0, 0), 0, 0
+    while begin < len(body):
+        piece = bytes(body[begin : begin + _PIECE_BYTES])
+        if (len(piece) - len(piece.rstrip(b"\\"))) % 2:  # cut in the middle of an escape
+            piece = bytes(body[begin : begin + _PIECE_BYTES + 1])
+        begin += len(piece)
+        parts = piece.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"')
+        outside = b"".join(parts[num_quotes % 2 :: 2])
+        num_quotes += len(parts) - 1
+        size = _Size(
+            size.num_containers + outside.count(b"[") + outside.count(b"{"),
+            size.num_keys + outside.count(b":"),
+            num_quotes // 2,
+        )
+        for count, (kind, limit) in zip(size, limits.items(), strict=True):
+            if count > limit:
+                raise _bad(f"the body has more than {limit} {kind}; send it in parts")
+    return size
+
+
+def _count_keys(value: Any, num_containers: int) -> int:
     """How many keys all objects have together; refuses what is nested too deep.
 
     Args:
-        num_brackets: how many containers there are at most.
+        num_containers: how many containers there are.
     """
     num_keys = 0
     level = [value]
     for _ in range(MAX_DEPTH):
         below: list[Any] = []
-        num_brackets -= len(level)
+        num_containers -= len(level)
         for node in level:
             if type(node) is dict:
                 num_keys += len(node)
                 below += [child for child in node.values() if type(child) in _CONTAINERS]
             # Long lists are mostly token ids: not looked at where no bracket is left for a container in them,
             # and in C where there is.
-            elif num_brackets > 0 and type(node) is list and not _CONTAINERS.isdisjoint(map(type, node)):
+            elif num_containers > 0 and type(node) is list and not _CONTAINERS.isdisjoint(map(type, node)):
                 below += [child for child in node if type(child) in _CONTAINERS]
         if not below:
             return num_keys

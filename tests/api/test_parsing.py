@@ -1,10 +1,14 @@
 """What counts as JSON from a client, and how a body becomes a typed request."""
 
+import json
 from typing import Any
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from lightllm.api import parsing
 from lightllm.api.parsing import parse_json, parse_request
 from lightllm.errors import RequestError
 
@@ -45,7 +49,9 @@ def nested(levels: int) -> bytes:
         (b"[" + b"9" * 5000 + b"]", "out of range"),
         (rb'["\ud800"]', "not valid JSON"),
         (rb'{"\udfff":1}', "surrogate"),
-        (b"[" + b"[]," * 300_000 + b"[]]", "brackets"),
+        (b"[" + b"[]," * 70_000 + b"[]]", "more than 65536 lists and objects"),
+        (b"{" + b",".join(b'"%d":1' % i for i in range(131_073)) + b"}", "more than 131072 keys"),
+        (b"[" + b'"",' * 262_144 + b'""]', "more than 262144 strings"),
         (rb'{"text":"\":","a":1,"a":2}', "'a' occurs twice"),
         (rb'{"a\\":1,"a\\":2}', "occurs twice"),
         (b'{"a" :1,"a"\n:2}', "'a' occurs twice"),
@@ -58,6 +64,35 @@ def test_bad_json_is_refused(body: bytes, words: str) -> None:
     with pytest.raises(RequestError, match=words) as caught:
         parse_json(body)
     assert caught.value.code == "bad_json"
+
+
+def test_what_stands_in_strings_does_not_count() -> None:
+    text = json.dumps({"a": [1, {"b": "c:,"}], "d\\": '\\"'}) * 70_000
+    assert parse_json(json.dumps({"prompt": text}).encode()) == {"prompt": text}
+
+
+@given(
+    st.recursive(
+        st.text(st.sampled_from('ab\\"[]{}:,\n\u00e4')) | st.integers(),
+        lambda inner: (
+            st.lists(inner, max_size=4) | st.dictionaries(st.text(st.sampled_from('a\\":,[{')), inner)
+        ),
+        max_leaves=20,
+    ),
+    st.integers(1, 9),
+    st.booleans(),
+)
+def test_what_stands_outside_of_strings_is_counted_wherever_the_text_is_cut(value, size, is_ascii) -> None:
+    def count(node):
+        if isinstance(node, dict):
+            inner, own = list(node.values()), (1, len(node), len(node))
+        else:
+            inner, own = (node, (1, 0, 0)) if isinstance(node, list) else ([], (0, 0, isinstance(node, str)))
+        return [sum(column) for column in zip(own, *map(count, inner), strict=True)]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parsing, "_PIECE_BYTES", size)
+        assert list(parsing._size_of(json.dumps(value, ensure_ascii=is_ascii).encode())) == count(value)
 
 
 def test_good_json_is_kept() -> None:
