@@ -17,7 +17,8 @@ from lightllm.errors import RequestError
 
 MAX_DEPTH = 64
 # The event loop stands still while a body is decoded, and other threads with it. 16 MiB of text take some
-# milliseconds, of token ids two tenths of a second; containers, keys and strings by the million would take one.
+# milliseconds, of token ids two tenths of a second; containers, keys and strings by the million would take
+# more than one.
 MAX_CONTAINERS = 65_536
 MAX_KEYS = 131_072
 MAX_STRINGS = 262_144

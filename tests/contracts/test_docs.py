@@ -263,3 +263,13 @@ def test_wrong_flags_are_found() -> None:
 def test_make_targets_are_read(tmp_path: Path) -> None:
     (tmp_path / "Makefile").write_text("serve: x ## starts\n\techo\nhidden: y\n\techo\n")
     assert make_targets(tmp_path / "Makefile") == {"serve"}
+
+
+def test_the_tour_visits_every_module() -> None:
+    """But for models and kernels, which are one thing a file: docs/models.md and the folder list them."""
+    tour = (ROOT / "docs" / "tour.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"\w+\.py", tour))
+    modules = {path.relative_to(ROOT / "lightllm") for path in (ROOT / "lightllm").rglob("*.py")}
+    visited = {path for path in modules if path.parts[0] not in ("models", "kernels") and path.stem[0] != "_"}
+    missing = {path for path in visited if path.name not in named and f"`{path.stem}`" not in tour}
+    assert missing == set()
