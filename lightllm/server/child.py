@@ -5,6 +5,7 @@ stdout; stdout itself is redirected to stderr, so that a library that prints can
 ends, the parent is gone and so is the child's reason to live.
 """
 
+import contextlib
 import gc
 import logging
 import os
@@ -105,6 +106,7 @@ def leave(code: int) -> NoReturn:
     That would take all modules apart one by one; with torch's it is longer than half a second.
     """
     logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # a log on a full disk is no failure of what has ended well
+            stream.flush()
     os._exit(code)
