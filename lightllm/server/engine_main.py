@@ -24,7 +24,7 @@ from lightllm.logs import setup_logging
 from lightllm.messages import ChildConfig, ChildFailed, ChildProgress, ChildReady, EngineInfo, EngineStats
 from lightllm.scheduler.config import SchedulerConfig
 from lightllm.scheduler.scheduler import Scheduler
-from lightllm.server.child import Parent, settle_memory
+from lightllm.server.child import Parent, leave, settle_memory
 from lightllm.server.fingerprint import model_fingerprint, tokenizer_fingerprint
 from lightllm.server.model_files import ModelDescription, describe_model, open_weights, tokenizer_files
 from lightllm.server.other_machine import machine_record
@@ -57,12 +57,11 @@ def main() -> int:
 
 
 def _serve(parent: Parent, child: ChildConfig, config: Config) -> int:
-    stopping = threading.Event()
-    parent.watch(lambda message: None, lambda: _stop(stopping))
+    stopping, link = threading.Event(), ZmqLink(child.address, child.reply_address)
+    parent.watch(lambda message: None, lambda: _stop(stopping, link))
     description, observability = describe_model(config), config.observability
     executor = _make_executor(config, child, description, parent)
     info = executor.info()
-    link = ZmqLink(child.address, child.reply_address)
     scheduler = Scheduler(scheduler_config(config, info, description.config.eos_token_ids))
     engine = Engine(
         scheduler,
@@ -141,12 +140,13 @@ def _progress(stage: str, done: int, total: int) -> ChildProgress:
     return ChildProgress(stage=stage, done=done, total=total)
 
 
-def _stop(stopping: threading.Event) -> None:
+def _stop(stopping: threading.Event, link: ZmqLink) -> None:
     """End the loop after its current turn; a turn that hangs does not keep an orphan alive."""
     stopping.set()
+    link.wake()
     time.sleep(EXIT_GRACE_S)
     os._exit(1)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    leave(main())

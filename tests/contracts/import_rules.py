@@ -7,6 +7,7 @@ returns one line per violation, so that tests can run it on a folder with a deli
 import ast
 import sys
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -113,8 +114,16 @@ def modules(root: Path) -> Mapping[str, Path]:
     return found
 
 
-def imports(root: Path) -> Iterator[Import]:
-    """All imports of the package, own modules without the package's name, foreign ones as `:name`."""
+@lru_cache(maxsize=1)
+def imports(root: Path) -> tuple[Import, ...]:
+    """All imports of the package, own modules without the package's name, foreign ones as `:name`.
+
+    Those of the last package are remembered, since all rules look at them.
+    """
+    return tuple(_imports(root))
+
+
+def _imports(root: Path) -> Iterator[Import]:
     known = modules(root)
     for module, path in known.items():
         tree = ast.parse(path.read_text("utf-8"))

@@ -7,6 +7,7 @@ per violation, so that tests can run it on a folder with a deliberate mistake.
 import ast
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 MAX_FILE_LINES = 500
@@ -53,11 +54,14 @@ MUTABLE_CALLS = frozenset({
 NOTES = re.compile(r"\b(?:" + "|".join(("TO" + "DO", "FIX" + "ME", "XX" + "X", "HA" + "CK")) + r")\b")
 
 
-def sources(root: Path) -> Iterator[tuple[str, ast.Module, str]]:
-    """Every Python file below `root`: its relative path, its tree, its text."""
-    for path in sorted(root.rglob("*.py")):
-        text = path.read_text("utf-8")
-        yield path.relative_to(root).as_posix(), ast.parse(text), text
+@lru_cache(maxsize=1)
+def sources(root: Path) -> tuple[tuple[str, ast.Module, str], ...]:
+    """Every Python file below `root`: its relative path, its tree, its text.
+
+    The last folder is remembered, since all rules look at it, and most of their time is parsing.
+    """
+    texts = ((path, path.read_text("utf-8")) for path in sorted(root.rglob("*.py")))
+    return tuple((path.relative_to(root).as_posix(), ast.parse(text), text) for path, text in texts)
 
 
 def check_file_size(root: Path) -> list[str]:

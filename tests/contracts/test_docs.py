@@ -78,6 +78,14 @@ def run_ours(
 
 
 @cache
+def dry_run(
+    arguments: tuple[str, ...], environment: tuple[tuple[str, str], ...]
+) -> subprocess.CompletedProcess[str]:
+    """What a server command resolves to; asked once, however many documents have it."""
+    return run_ours(["serve", *arguments, "--dry_run"], dict(environment))
+
+
+@cache
 def help_flags(program: str) -> frozenset[str]:
     done = run_ours([program, "--help"])
     assert done.returncode == 0, done.stderr
@@ -89,8 +97,7 @@ STARTS = [command for command in COMMANDS if server_arguments(command) is not No
 
 @pytest.mark.parametrize("command", STARTS, ids=lambda command: command.place)
 def test_server_command_resolves(command: Command) -> None:
-    arguments = [*(server_arguments(command) or ()), "--dry_run"]
-    done = run_ours(["serve", *arguments], command.environment)
+    done = dry_run(server_arguments(command) or (), tuple(sorted(command.environment.items())))
     assert done.returncode == 0, done.stderr
     refused = json.loads(done.stdout)["not_built"]
     # A reader must not copy a command that this version refuses without having been told.

@@ -26,9 +26,11 @@ from lightllm.messages import (
     KVSource,
     KVTarget,
     Pong,
+    RenewLeases,
 )
 from lightllm.server.child import LENGTH, frame
 
+RENEW_S = 5.0  # as often as a pd_master, about
 TOKEN = "0123456789abcdef0123456789abcdef"
 
 
@@ -128,9 +130,14 @@ class EngineNode:
 
     def finish(self, request_id, limit_s=60.0):
         """Wait for the last output of a request."""
+        assert self.has_ended(request_id, limit_s), "nothing came in time"
+        return self.outputs[request_id][-1]
+
+    def has_ended(self, request_id, limit_s):
+        """Whether its last output is there before the time is over."""
         outputs = self.outputs[request_id]
-        self.wait(lambda: outputs and outputs[-1].finish_reason is not None, limit_s)
-        return outputs[-1]
+        with self._news:
+            return self._news.wait_for(lambda: outputs and outputs[-1].finish_reason is not None, limit_s)
 
     def token_ids(self, request_id):
         return [token for output in self.outputs[request_id] for token in output.new_token_ids]
@@ -180,11 +187,19 @@ class Pair:
 
     def finish(self, name, limit_s=60.0):
         """All tokens of a request that both legs end well."""
-        last = self.prefill.finish(f"{name}p", limit_s)
+        last = self._last(self.prefill, f"{name}p", limit_s)
         assert last.finish_reason == "handed_over", last
-        last = self.decode.finish(f"{name}d", limit_s)
+        last = self._last(self.decode, f"{name}d", limit_s)
         assert last.finish_reason in ("stop", "length"), last
         return self.prefill.token_ids(f"{name}p") + self.decode.token_ids(f"{name}d")
+
+    def _last(self, node, request_id, limit_s):
+        """Its last output. Leases are renewed meanwhile: a busy machine may need longer than they last."""
+        until_s = time.monotonic() + limit_s
+        while not node.has_ended(request_id, RENEW_S) and time.monotonic() < until_s:
+            for end, leg in ((self.prefill, "p"), (self.decode, "d")):
+                end.send(RenewLeases(request_ids=[f"r{n + 1}{leg}" for n in range(self.num_requests)]))
+        return node.finish(request_id, 0)
 
     def run(self, prompt, params, **fields):
         return self.finish(self.start(prompt, params, **fields))

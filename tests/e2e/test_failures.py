@@ -27,8 +27,16 @@ def exists(pid: int) -> bool:
     return True
 
 
-def test_a_killed_engine_fails_its_requests_at_once_and_comes_back(start) -> None:
-    server: Server = start("--running_max_req_size", "2")
+@pytest.fixture(scope="module")
+def lasting(tiny_model: str) -> Iterator[Server]:
+    """A server that outlives its engine and its frontend; two requests run at a time."""
+    server = Server("--model_dir", tiny_model, "--load_format", "dummy", "--running_max_req_size", "2")
+    yield server
+    server.stop()
+
+
+def test_a_killed_engine_fails_its_requests_at_once_and_comes_back(lasting: Server) -> None:
+    server, num_restarts = lasting, lasting.metric("engine_restarts_total")
     right = server.generate("Hello", max_new_tokens=3, ignore_eos=True)
     engine = server.children()["engine"]
     with ThreadPoolExecutor(4) as pool, server.client.stream("POST", "/generate_stream", json=LONG) as reply:
@@ -57,12 +65,12 @@ def test_a_killed_engine_fails_its_requests_at_once_and_comes_back(start) -> Non
     assert server.children()["engine"] != engine
     assert server.client.get("/health").status_code == 200
     assert server.generate("Hello", max_new_tokens=3, ignore_eos=True) == right
-    assert server.metric("engine_restarts_total") == 1
+    assert server.metric("engine_restarts_total") == num_restarts + 1
     assert server.metric("kv_used_tokens") == 0
 
 
-def test_a_killed_frontend_comes_back_on_the_same_port_and_leaves_no_orphans(start) -> None:
-    server: Server = start()
+def test_a_killed_frontend_comes_back_on_the_same_port_and_leaves_no_orphans(lasting: Server) -> None:
+    server = lasting
     with server.client.stream("POST", "/generate_stream", json=LONG) as reply:
         events = stream_events(reply)
         next(events)
@@ -75,8 +83,8 @@ def test_a_killed_frontend_comes_back_on_the_same_port_and_leaves_no_orphans(sta
     assert server.metric("kv_used_tokens") == 0
 
 
-def test_a_frozen_engine_turns_health_red_and_loses_nothing(start) -> None:
-    server: Server = start()
+def test_a_frozen_engine_turns_health_red_and_loses_nothing(lasting: Server) -> None:
+    server, num_restarts = lasting, lasting.metric("engine_restarts_total")
     engine = server.children()["engine"]
     fields = {"max_new_tokens": 300, "ignore_eos": True}
     whole = server.generate("Once", **fields)["generated_text"][0]
@@ -105,7 +113,20 @@ def test_a_frozen_engine_turns_health_red_and_loses_nothing(start) -> None:
     assert "".join(texts) == whole
     assert server.client.get("/health").status_code == 200
     assert server.metric("kv_used_tokens") == 0
-    assert server.metric("engine_restarts_total") == 0
+    assert server.metric("engine_restarts_total") == num_restarts
+
+
+def test_children_do_not_outlive_a_killed_supervisor(lasting: Server) -> None:
+    """The last test of this server."""
+    server = lasting
+    children = server.children()
+    assert set(children) == {"engine", "frontend"}
+    server.process.kill()
+    server.process.wait()
+    end = time.monotonic() + 10
+    while any(exists(pid) for pid in children.values()) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not [name for name, pid in children.items() if exists(pid)]
 
 
 def test_restart_policy_never_ends_the_node(start) -> None:
@@ -175,18 +196,6 @@ def test_an_engine_that_dies_while_the_node_drains_ends_its_requests_at_once(sta
     assert time.monotonic() - killed < 2
     assert last["error"]["code"] == "engine_down"
     assert server.process.wait(timeout=10) == 0
-
-
-def test_children_do_not_outlive_a_killed_supervisor(start) -> None:
-    server: Server = start()
-    children = server.children()
-    assert set(children) == {"engine", "frontend"}
-    server.process.kill()
-    server.process.wait()
-    end = time.monotonic() + 10
-    while any(exists(pid) for pid in children.values()) and time.monotonic() < end:
-        time.sleep(0.1)
-    assert not [name for name, pid in children.items() if exists(pid)]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """A prefill and a decode engine, as processes, with the default model: tokens as from one engine alone."""
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 import pytest
@@ -45,8 +46,10 @@ def directory(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pair(directory):
-    prefill = EngineNode(node_config("prefill"), directory)
-    decode = EngineNode(node_config("decode"), directory)
+    with ThreadPoolExecutor() as starters:
+        prefill, decode = starters.map(
+            lambda name: EngineNode(node_config(name), directory), ("prefill", "decode")
+        )
     yield Pair(prefill, decode)
     prefill.close()
     decode.close()

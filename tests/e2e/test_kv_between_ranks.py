@@ -2,6 +2,7 @@
 
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
@@ -21,18 +22,36 @@ def ranks(role, size):
     return msgspec.structs.replace(config, parallel=parallel)
 
 
-@pytest.fixture
-def make_pair(tmp_path):
-    nodes = []
+class Nodes:
+    """Nodes by role and size, started when a pair first needs them; all are closed at the end."""
 
-    def make(prefill_size, decode_size):
-        nodes.append(EngineNode(ranks("prefill", prefill_size), tmp_path))
-        nodes.append(EngineNode(ranks("decode", decode_size), tmp_path))
-        return Pair(*nodes)
+    def __init__(self, directory):
+        self.directory = directory
+        self.found = {}
+        self.num_pairs = 0
 
-    yield make
-    for node in nodes:
-        node.close()
+    def pair(self, prefill_size, decode_size):
+        """What is not there yet is started side by side. No two pairs give requests the same names."""
+        wanted = [("prefill", prefill_size), ("decode", decode_size)]
+        missing = [key for key in wanted if key not in self.found]
+        with ThreadPoolExecutor() as starters:
+            made = starters.map(lambda key: EngineNode(ranks(*key), self.directory), missing)
+            self.found |= dict(zip(missing, made, strict=True))
+        pair = Pair(*(self.found[key] for key in wanted))
+        pair.num_requests = 100 * self.num_pairs
+        self.num_pairs += 1
+        return pair
+
+    def close(self):
+        for node in self.found.values():
+            node.close()
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory):
+    nodes = Nodes(tmp_path_factory.mktemp("kv"))
+    yield nodes
+    nodes.close()
 
 
 def ranks_of(node):
@@ -44,9 +63,14 @@ def ranks_of(node):
 
 
 def check_tokens(pair):
-    """Prompts of several lengths, answered as by one engine alone; the second one and its answer."""
+    """Prompts of several lengths, answered as by one engine alone; the second one and its answer.
+
+    Each pair has prompts of its own: what a shared node has cached would be neither computed nor sent.
+    """
     single = Single(pair.prefill)
+    single.num_requests = pair.num_requests
     tokens = open_tokenizer(locate_model()).encode("".join(f"{i}. {TEXT}" for i in range(20)))
+    tokens = tokens[7 * pair.num_requests // 100 :]
     prompts = [tokens[n : 2 * n] for n in (1, 17, 129, 400)]
     found = [pair.finish(name) for name in [pair.start(prompt, GREEDY) for prompt in prompts]]
     assert found == [single(prompt, GREEDY) for prompt in prompts]
@@ -57,18 +81,19 @@ def check_tokens(pair):
 
 
 @pytest.mark.parametrize(("prefill_size", "decode_size"), [(1, 2), (2, 1), (2, 3)])
-def test_nodes_of_different_sizes(make_pair, prefill_size, decode_size):
-    pair = make_pair(prefill_size, decode_size)
+def test_nodes_of_different_sizes(nodes, prefill_size, decode_size):
+    pair = nodes.pair(prefill_size, decode_size)
     assert pair.decode.info.kv_address.count("tcp://") == decode_size
     check_tokens(pair)
 
 
-def test_each_rank_moves_its_own_part(make_pair):
-    pair = make_pair(2, 2)
+def test_each_rank_moves_its_own_part(nodes):
+    pair = nodes.pair(2, 2)
     assert pair.decode.info.kv_address.count("tcp://") == 2
     assert pair.prefill.info.kv_layout.tp_size == 2
     prompt, answer = check_tokens(pair)
-    # A node that loses a rank is gone as a whole; the other one computes the prompt itself or fails it.
+    # A node that loses a rank is gone as a whole, so this is the last test; the other one computes the prompt
+    # itself or fails it.
     os.kill(ranks_of(pair.prefill)[1], signal.SIGKILL)
     assert pair.prefill.process.wait(timeout=10) == 1
     alone = SamplingParams(max_new_tokens=4, ignore_eos=True)

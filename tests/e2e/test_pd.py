@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.e2e.conftest import Server, free_port, stream_events
+from tests.e2e.conftest import Server, stream_events
 
 NODE = ("--max_total_token_num", "4096", "--max_req_total_len", "2048")
 # Nobody of these ends in a near-tie of SmolLM2 in float32.
@@ -232,34 +232,6 @@ def test_a_node_that_is_stopped_drains(cluster: Cluster) -> None:
     assert cluster.servers.pop("p2").stop() == 0
     cluster.master.wait_until(lambda: len(cluster.nodes()) == 2, 3)
     assert cluster.master.generate("Still here", max_new_tokens=4)["count_output_tokens"] == 4
-
-
-def test_two_masters_that_nodes_find_by_a_config_server(tmp_path: Path, tiny_model: str) -> None:
-    env = {"LIGHTLLM_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    model = ("--model_dir", tiny_model, "--load_format", "dummy", "--max_total_token_num", "2048")
-    port = str(free_port())
-    where = ("--config_server_host", "127.0.0.1", "--config_server_port", port)
-    servers = [Server("--run_mode", "config_server", *where, env=env, port=None)]
-
-    def begin(role: str) -> Server:
-        return Server("--run_mode", role, *where, *model, env=env)
-
-    try:
-        with concurrent.futures.ThreadPoolExecutor() as pool:
-            servers += pool.map(begin, ("pd_master", "pd_master", "prefill", "decode"))
-        masters = servers[1:3]
-        for master in masters:
-            master.wait_until(lambda master=master: master.client.get("/readiness").status_code == 200, 30)
-        texts = {tuple(m.generate("hello", max_new_tokens=8, seed=3)["generated_text"]) for m in masters}
-        assert len(texts) == 1
-        # Neither the config_server nor the other master is needed for traffic.
-        assert servers.pop(0).stop() == 0
-        assert masters[0].stop() == 0
-        servers.remove(masters[0])
-        assert masters[1].generate("hello again", max_new_tokens=8)["count_output_tokens"] == 8
-    finally:
-        codes = [server.stop() for server in reversed(servers)]
-    assert codes == [0] * len(codes)
 
 
 def test_another_cluster_token_is_refused_on_both_sides(tmp_path: Path, tiny_model: str, start) -> None:

@@ -196,3 +196,16 @@ def test_a_full_decode_node_makes_requests_wait(cluster: Cluster) -> None:
     assert len(answers) >= NUM_STREAMS
     cluster.check_base()
     assert fleet.nodes[small].metric("kv_total_tokens") == 2 * (500 + NUM_TOKENS)
+
+
+def test_two_masters_answer_alike_and_one_alone_goes_on(cluster: Cluster) -> None:
+    """Neither the config_server nor the other master is needed for traffic. The cluster's last test."""
+    fleet = cluster.fleet
+    asked = {"max_new_tokens": 8, "do_sample": True, "seed": 3}
+    ids = cluster.prompts[0].token_ids
+    texts = {tuple(master.generate(ids, **asked)["generated_text"]) for master in fleet.masters}
+    assert len(texts) == 1
+    assert fleet.directory.stop() == 0
+    assert fleet.masters.pop(0).stop() == 0
+    answer = fleet.masters[0].generate(ids[::-1], max_new_tokens=8, ignore_eos=True)
+    assert answer["count_output_tokens"] == 8

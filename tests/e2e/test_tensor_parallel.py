@@ -5,6 +5,7 @@ import re
 import signal
 import socket
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -31,12 +32,19 @@ def is_there(pid: int) -> bool:
         return False
 
 
-def test_two_ranks_answer_as_one_and_come_back_when_one_is_killed(start) -> None:
+@pytest.fixture(scope="module")
+def two_ranks(tiny_model: str) -> Iterator[Server]:
+    server = Server("--model_dir", tiny_model, "--load_format", "dummy", "--tp", "2")
+    yield server
+    server.stop()
+
+
+def test_two_ranks_answer_as_one_and_come_back_when_one_is_killed(start, two_ranks: Server) -> None:
     fields = {"max_new_tokens": 20, "ignore_eos": True}
     alone: Server = start()
     expected = [alone.generate(text, **fields) for text in ("Hello", "A longer text than that")]
     alone.stop()
-    server: Server = start("--tp", "2")
+    server = two_ranks
     assert [server.generate(text, **fields) for text in ("Hello", "A longer text than that")] == expected
     scored = server.client.post(
         "/v1/completions",
@@ -98,8 +106,9 @@ def test_a_frozen_rank_ends_its_requests_within_ten_seconds(start) -> None:
     assert not [pid for pid in ranks if is_there(pid)]
 
 
-def test_ranks_do_not_outlive_a_killed_engine_even_frozen(start) -> None:
-    server: Server = start("--tp", "2")
+def test_ranks_do_not_outlive_a_killed_engine_even_frozen(two_ranks: Server) -> None:
+    """The last test of this server; that it answers again is another's business."""
+    server = two_ranks
     ranks = ranks_of(server)
     os.kill(ranks[1], signal.SIGSTOP)
     os.kill(server.children()["engine"], signal.SIGKILL)
