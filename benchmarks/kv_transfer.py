@@ -49,7 +49,7 @@ SHAPES = {
     "qwen2-7b": (28, 4, 128, torch.bfloat16),
     "llama2-7b": (32, 32, 128, torch.bfloat16),
 }
-NUM_SLOTS = 16_384
+NUM_SLOTS = 40_960
 STEP_S = 0.01
 TOKEN = b"a token for measurements only"
 DEFAULTS = {
@@ -145,10 +145,10 @@ def open_link(lane: str, device_name: str, shape: str, epoch: int) -> KVLink:
     return KVLink(node, "127.0.0.1", 0)
 
 
-def slots_of(count: int, is_scattered: bool) -> Ints:
-    """Slots as a young or an old pool gives them out."""
-    young = range(1, count + 1)
-    return pack(random.Random(count).sample(range(1, NUM_SLOTS), count) if is_scattered else young)
+def slots_of(case: "Case", part: int) -> Ints:
+    """Slots of one of its requests, as a young or an old pool gives them out."""
+    young = range(1 + part * case.count, 1 + (part + 1) * case.count)
+    return pack(random.Random(part).sample(range(1, NUM_SLOTS), case.count) if case.is_scattered else young)
 
 
 def wait(link: KVLink, count: int) -> Endings:
@@ -193,11 +193,11 @@ def receive(lane: str, device_name: str, shape: str) -> None:
     for line in sys.stdin:
         number, fields = json.loads(line)
         case = Case(*fields)
-        for ticket in case.tickets(number):
+        for part, ticket in enumerate(case.tickets(number)):
             order = KVTransferOrder(
                 request_id=ticket,
                 start=0,
-                slots=slots_of(case.count, case.is_scattered),
+                slots=slots_of(case, part),
                 token_ids=pack([0] * case.count),
                 source=KVSource(node_id="", epoch=1, ticket=ticket),
             )
@@ -300,11 +300,11 @@ def orders_of(case: Case, address: str, number: int) -> list[KVTransferOrder]:
         KVTransferOrder(
             request_id=ticket,
             start=0,
-            slots=slots_of(case.count, case.is_scattered),
+            slots=slots_of(case, part),
             token_ids=pack([0] * case.count),
             target=KVTarget(node_id="", epoch=2, address=address, ticket=ticket),
         )
-        for ticket in case.tickets(number)
+        for part, ticket in enumerate(case.tickets(number))
     ]
 
 

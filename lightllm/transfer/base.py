@@ -111,7 +111,8 @@ class Hold:
         num_parts: ranks of the peer that it goes to or comes from, each by a connection of its own.
         lane: how the bytes go, empty until the two ends have agreed.
         num_bytes: payload that has been moved.
-        began_s: monotonic time from which the transfer is measured.
+        began_s: monotonic time from which the transfer is measured: when the first of its parts has begun,
+            or else the order.
     """
 
     def __init__(self, request_id: str, ledger: Ledger, direction: str) -> None:
@@ -123,6 +124,7 @@ class Hold:
         self.began_s = time.monotonic()
         self._ledger = ledger
         self._lock = threading.Lock()
+        self._has_begun = False
         self._is_over = False
         self._untold: KVTransfer | None = None
         self._idle_s: list[float] = []  # of the parts that have come through
@@ -143,6 +145,14 @@ class Hold:
             if self._is_over:
                 raise KVTransferError(f"the transfer of {self.request_id} was given up here")
             yield
+
+    def begin(self) -> float:
+        """A part begins: its two ends have found each other; the monotonic time."""
+        now_s = time.monotonic()
+        with self._lock:
+            if not self._has_begun:
+                self._has_begun, self.began_s = True, now_s
+        return now_s
 
     def moved(self, num_bytes: int) -> None:
         """Count payload."""
@@ -185,7 +195,7 @@ class Hold:
         return True
 
     def log(self) -> None:
-        """Log how it has ended, if it has and bytes have moved; once."""
+        """Log how it has ended, if it has and the two ends had agreed on a lane; once."""
         with self._lock:
             transfer, self._untold = self._untold, None
         if transfer is None or not self.lane:

@@ -58,6 +58,9 @@ class _Queue:
 class DeviceRows(KVRows):
     """See the module. More threads than NUM_QUEUES wait for each other, whatever heads they move.
 
+    They wait for the device awake, each on a core of its own: a millisecond or a few for a block in its
+    memory or over NVLink, some tens for a large one over PCIe.
+
     Args:
         queues: of other rows of the pool, that do the work of these, too.
     """
@@ -165,7 +168,7 @@ class DeviceRows(KVRows):
     def _upload(self, work: _Queue, *lists: np.ndarray) -> list[Tensor]:
         """Lists of slots on the device; the device's own way of uploading is for steps."""
         staged, starts = work.stage(*lists)
-        uploaded = staged.to(self.device, non_blocking=True)
+        uploaded = staged.to(self.device, non_blocking=True, copy=True)  # what is staged is used again
         return [uploaded[i : i + len(slots)] for i, slots in zip(starts, lists, strict=True)]
 
     def _as_rows(self, memory: Tensor, num_rows: int) -> Tensor:

@@ -56,7 +56,7 @@ class SendingEnd(ABC):
     Attributes:
         cut: of that transfer.
         is_in_place: the receiver reads slots themselves, so that `pack` may be called before they are
-            computed.
+            computed, and `push` has nothing to do.
     """
 
     cut: Cut
@@ -98,10 +98,7 @@ class ReceivingEnd(ABC):
         """
 
     def prepare(self, slots: np.ndarray) -> None:
-        """The block that was pulled last will go to these slots once it is computed.
-
-        Does of `unpack` what touches none of them. Not called for each block.
-        """
+        """The block that was pulled last will be unpacked into these slots: do what touches none of them."""
         return
 
     @abstractmethod

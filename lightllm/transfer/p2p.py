@@ -81,7 +81,7 @@ class PoolOffer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 class P2PLane(Lane):
     """See the module. Blocks are large, since each costs a frame, a kernel and a wait.
 
-    An abort waits for the block that is being copied: some milliseconds over NVLink.
+    An abort waits for the blocks that are being copied, one after the other: some milliseconds over NVLink.
     """
 
     BLOCK_BYTES = 2 * 1024**3
@@ -152,6 +152,9 @@ class P2PLane(Lane):
 class PeerPool:
     """The pool of another process, open for all its transfers until that process ends.
 
+    Attributes:
+        address: where its storage begins, to be read as `reading` says.
+
     Raises:
         LaneUnavailable: it cannot be read here.
     """
@@ -177,7 +180,7 @@ class PeerPool:
         self._stop = os.eventfd(0, os.EFD_CLOEXEC)
         head_bytes = rows.num_tensors * rows.head_bytes
         self._storage_bytes = offer.num_slots * offer.num_heads * head_bytes
-        self._address = opened.address + offer.offset
+        self.address = opened.address + offer.offset
         self.is_closed = False
         threading.Thread(target=self._watch, name="kv-peer", daemon=True).start()
 
@@ -208,7 +211,7 @@ class PeerPool:
         with self._lock:
             if self.is_closed:
                 raise KVTransferError("the sender's process has ended")
-            yield self._address
+            yield self.address
 
     def stop(self) -> None:
         """Close the pool now."""
@@ -266,16 +269,12 @@ class _Receiver(ReceivingEnd):
         self._source_slots, self._copy = slots, None
 
     def prepare(self, slots: np.ndarray) -> None:
-        offer = self._peer.offer
-        with self._peer.reading() as address:
-            self._copy = self._rows.prepare_pull(
-                address, offer.num_slots, offer.heads, self._source_slots, slots
-            )
+        # Not as `reading`, which keeps other transfers from it: this takes long where it compiles.
+        address, offer = self._peer.address, self._peer.offer
+        self._copy = self._rows.prepare_pull(address, offer.num_slots, offer.heads, self._source_slots, slots)
 
     def unpack(self, slots: np.ndarray) -> None:
-        if self._copy is None:
-            self.prepare(slots)
-        assert self._copy is not None, "it has been prepared"
+        assert self._copy is not None, "a block is prepared first"
         with self._peer.reading():
             self._copy()
 

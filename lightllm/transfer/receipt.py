@@ -53,7 +53,7 @@ class Receipt:
         """
         with self._lock:
             if not self._channels:
-                self.hold.began_s = time.monotonic()
+                self.hold.begin()
                 self.hold.num_parts, self._source_size = num_parts, source_size
             if source_rank in self._channels or source_size != self._source_size or self.hold.is_over:
                 return False
@@ -109,17 +109,16 @@ class Intake:
             KVTransferError, LinkBroken: the transfer has failed; the hold's ending says why.
         """
         hold, node = self.receipt.hold, self.receipt.node
-        self._last_s = hold.began_s  # opening it takes no time while the sender's engine computes
+        self._last_s = hold.began_s
         try:
             while True:
                 match channel.receive(frames.FromSender, node.limits.silence_s):
                     case Block() as block if self._ahead is None:
+                        self._note_idle(block.waited_s)
                         self._expect(channel, end, cut, block)
                         if block.is_ahead:
-                            end.prepare(self._slots_of(block))
                             self._ahead = block
                         else:
-                            self._note_idle(block.waited_s)
                             self._take(channel, end, cut, block)
                     case Ready(waited_s=waited_s) if self._ahead is not None:
                         self._note_idle(waited_s)
@@ -140,7 +139,10 @@ class Intake:
             raise
 
     def _note_idle(self, waited_s: float) -> None:
-        """Both ends waited for the sender's engine: the sender so long, this one since its last block."""
+        """Both ends waited for the sender's engine: the sender so long, this one since its last block.
+
+        Called when the frame is there: what is done with it is no waiting.
+        """
         self._idle_s += min(waited_s, time.monotonic() - self._last_s)
 
     def _slots_of(self, block: Block) -> np.ndarray:
@@ -159,8 +161,9 @@ class Intake:
             )
         end.pull(channel, block, block.count * cut.rows.token_bytes, receipt.node.limits.silence_s)
         self._chunks.append((block.start, block.count))
-        if stop == len(receipt.slots):
-            self._digest = digest(receipt.node.layout, self.rows.heads, receipt.token_ids, self._chunks)
+        end.prepare(self._slots_of(block))
+        if block.is_ahead and stop == len(receipt.slots):
+            self._agreed()
         receipt.free.wait()
 
     def _take(self, channel: Channel, end: ReceivingEnd, cut: Cut, block: Block) -> None:
@@ -172,6 +175,15 @@ class Intake:
         receipt.hold.moved(block.count * cut.rows.token_bytes)
         channel.send(Ack(), receipt.node.limits.silence_s)
         self._last_s = time.monotonic()
+        if self._num_there == len(receipt.slots):  # while the sender prepares its last word
+            self._agreed()
+
+    def _agreed(self) -> bytes:
+        """The digest of what has come, all of which is announced; as early as there is time for it."""
+        if not self._digest:
+            receipt = self.receipt
+            self._digest = digest(receipt.node.layout, self.rows.heads, receipt.token_ids, self._chunks)
+        return self._digest
 
     def _accept(self, channel: Channel, complete: Complete) -> None:
         receipt = self.receipt
@@ -180,7 +192,7 @@ class Intake:
             "source_epoch": receipt.source.epoch,
             "target_epoch": receipt.node.epoch,
             "num_tokens": len(receipt.token_ids),
-            "digest": self._digest,
+            "digest": self._agreed(),
         }
         wrong = [name for name, value in ours.items() if getattr(complete, name) != value]
         if self._num_there != len(receipt.slots):

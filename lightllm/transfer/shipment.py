@@ -167,7 +167,7 @@ class Shipment:
         self._is_closed = False
         self._chunks: list[tuple[int, int]] = []
         self._num_unacknowledged = 0
-        self._idle_since_s = hold.began_s
+        self._idle_since_s = 0.0
         self._waited_s = 0.0
         self._idle_s = 0.0
 
@@ -208,7 +208,7 @@ class Shipment:
             while not token_ids:
                 token_ids = self._ship_next(channel, end)
             agreed = digest(self._node.layout, self._rows.heads, token_ids, self._chunks)
-            with self._waiting_for_engine(has_it=self._first_token_id is not None):
+            with self._waiting_for_engine():
                 self._wait_until(lambda: self._first_token_id is not None, channel)
             self._complete(channel, len(token_ids), agreed)
             self.hold.end_part(self.hold.request_id, self._idle_s)
@@ -225,7 +225,7 @@ class Shipment:
 
     def _ship_next(self, channel: Channel, end: SendingEnd) -> Ints:
         """Ship what the receiver lacks of the next order; its `token_ids`, which only the last one has."""
-        with self._waiting_for_engine(has_it=bool(self._orders)):
+        with self._waiting_for_engine():
             self._wait_until(lambda: bool(self._orders), channel)
         order, written = self._orders.popleft()
         num_there = max(0, self._start - order.start)
@@ -237,7 +237,7 @@ class Shipment:
             self._ship(channel, end, *ahead, is_ahead=True)
         while self._num_unacknowledged and not written.is_past():
             self._take_ack(channel)
-        with self._waiting_for_engine(has_it=written.is_past()):
+        with self._waiting_for_engine():
             written.wait()
         if ahead is not None:
             if self.hold.is_over:
@@ -334,6 +334,7 @@ class Shipment:
         match channel.receive(frames.FirstFromReceiver, limits.handshake_s + limits.ticket_s):
             case Choice(lane=lane, start=start) if lane in ends:
                 self.hold.lane, self._start = lane, start
+                self._idle_since_s = self.hold.begin()
                 return ends[lane]
             case Refused(code=code, text=text, diff=diff):
                 raise LinkRefused(code, text, diff=diff)
@@ -341,23 +342,18 @@ class Shipment:
                 raise LinkBroken(f"the peer answered {other!r}, offered were {', '.join(ends)}")
 
     @contextmanager
-    def _waiting_for_engine(self, has_it: bool) -> Iterator[None]:
-        """Count the time, unless what is waited for is there.
+    def _waiting_for_engine(self) -> Iterator[None]:
+        """Count the time in which nothing was on its way, from when all that was sent had been taken.
 
-        It is idle time from when all that was sent had been taken: whatever was done since then in
-        preparation has cost nothing.
+        What was done since then, in preparation, has cost nothing.
         """
-        began_s = time.monotonic()
         yield
-        if has_it:
+        if self._num_unacknowledged:
             return
         now_s = time.monotonic()
-        if self._num_unacknowledged:
-            self._waited_s += now_s - began_s
-        else:
-            self._waited_s += now_s - self._idle_since_s
-            self._idle_s += now_s - self._idle_since_s
-            self._idle_since_s = now_s
+        self._waited_s += now_s - self._idle_since_s
+        self._idle_s += now_s - self._idle_since_s
+        self._idle_since_s = now_s
 
     def _wait_until(self, is_ready: Callable[[], bool], channel: Channel) -> None:
         """Wait for the engine, listen to the peer meanwhile, and let it know that we live."""

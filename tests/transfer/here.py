@@ -49,13 +49,13 @@ class _Receiver(ReceivingEnd):
     def pull(self, channel, block, size, limit_s):
         self.source_slots = np.frombuffer(block.fields, dtype=np.int64)
         self.block = torch.empty(size, dtype=torch.uint8)
-        self.prepared = None
+        self.prepared = []
 
     def prepare(self, slots):
         self.prepared = slots.tolist()
 
     def unpack(self, slots):
-        assert self.prepared in (None, slots.tolist())
+        assert self.prepared == slots.tolist()
         self.peer.rows.part(self.cut.rows.heads).pack(self.source_slots, self.block)
         self.cut.rows.unpack(slots, self.block)
 

@@ -12,7 +12,19 @@ import pytest
 from lightllm.cluster_link import HEAD_BYTES, Dialer
 from lightllm.transfer import LANES, frames, lane
 from lightllm.transfer.channel import Channel
-from lightllm.transfer.frames import Ack, Alive, Block, Choice, Complete, LaneOffer, Opening, Ready, Rejected
+from lightllm.transfer.frames import (
+    Accepted,
+    Ack,
+    Alive,
+    Block,
+    Choice,
+    Complete,
+    LaneOffer,
+    Opening,
+    Ready,
+    Rejected,
+)
+from lightllm.transfer.plan import digest
 from tests.transfer.frame_proxy import HARMS, LENGTH
 from tests.transfer.nodes import LAYOUT, SOURCE_EPOCH, TARGET_EPOCH, TOKEN, Request
 from tests.transfer.test_disturbed_links import NUM_TOKENS, check_right, ends, harm, wait_until
@@ -26,10 +38,14 @@ def has_lane(monkeypatch):
     monkeypatch.setattr(lane, "LANES", {**LANES, "here": "tests.transfer.here:HereLane"})
 
 
+def said(proxy):
+    """What the sender has said, behind its greeting."""
+    return [msgspec.msgpack.decode(unit[LENGTH.size + HEAD_BYTES :]) for unit in proxy.frames["there"][1:]]
+
+
 def is_announced(proxy):
     """Whether a block ahead has passed."""
-    bodies = [msgspec.msgpack.decode(unit[LENGTH.size + HEAD_BYTES :]) for unit in proxy.frames["there"][1:]]
-    return any(body.get("is_ahead") for body in bodies)
+    return any(body.get("is_ahead") for body in said(proxy))
 
 
 def begin(source, target, address, request):
@@ -61,16 +77,9 @@ def test_what_is_computed_behind_the_announcement_arrives():
         assert target.wait().received
         assert source.wait().sent
         check_right(source, target, request)
+        num_bytes = source.kv(request.source_slots).nbytes
+        assert [end.endings.transfers[0].num_bytes for end in (source, target)] == [num_bytes] * 2
         assert {way: len(passed) for way, passed in proxy.frames.items()} == NUM_FRAMES
-
-
-def test_the_step_does_not_count_as_time_of_the_transfer():
-    with ends("here") as (source, target, proxy):
-        gate = begin(source, target, proxy.address, Request(NUM_TOKENS))
-        time.sleep(0.5)
-        source.open(gate)
-        for end in (source, target):
-            assert 0 < end.wait().transfers[0].duration_s < 0.3
 
 
 @pytest.mark.parametrize("name", ["source", "target"])
@@ -85,6 +94,48 @@ def test_one_that_is_given_up_ahead_is_never_read(name):
         assert source.wait().failed
         assert target.wait().failed
         assert np.array_equal(target.kv(request.target_slots[5:]), before)
+
+
+def give_up(source):
+    """End the hold of the sender, with nobody told: the moment before its connection is cut."""
+    assert source.link._sendings["r"].hold.fail("given up", "cancelled")
+
+
+def test_nothing_is_ready_whose_slots_may_be_anothers():
+    with ends("here") as (source, target, proxy):
+        request, gate = Request(10), source.gate()
+        target.receive(request.expected())
+        (order,) = request.orders(proxy.address)
+        source.send(order, 42, gate)
+        wait_until(lambda: is_announced(proxy))
+        give_up(source)
+        source.open(gate)
+        assert target.wait().failed
+        assert not [body for body in said(proxy) if body["type"] == "Ready"]
+
+
+def test_nothing_is_complete_whose_slots_may_be_anothers():
+    with ends("here") as (source, target, proxy):
+        request, free = Request(10), target.gate()
+        target.receive(request.expected(), free)
+        (order,) = request.orders(proxy.address)
+        source.send(order, 42)
+        wait_until(lambda: any(body["type"] == "Block" for body in said(proxy)))
+        give_up(source)
+        target.open(free)  # it reads, and acknowledges
+        assert target.wait().failed
+        assert not [body for body in said(proxy) if body["type"] == "Complete"]
+
+
+def test_both_ends_log_what_has_moved_once(caplog):
+    caplog.set_level("INFO")
+    with ends("here") as (source, target, proxy):
+        request = Request(NUM_TOKENS)
+        ship_ahead(source, target, proxy.address, request)
+        num_bytes = source.kv(request.source_slots).nbytes
+        for word in ("sent", "received"):
+            wait_until(lambda word=word: f"KV of r: {word} {num_bytes} bytes by here" in caplog.text)
+    assert caplog.text.count("KV of r: ") == 2
 
 
 @pytest.mark.parametrize("kind", HARMS)
@@ -120,8 +171,33 @@ COMPLETE = Complete(
 )
 
 
+def test_a_peer_that_lies_of_its_waiting_makes_no_time_negative():
+    with ends("here") as (_, target, _):
+        request = Request(10)
+        target.receive(request.expected())
+        channel = opened(target, request)
+        told = [block(0, waited_s=1e9), block(1, is_ahead=True, waited_s=1e9), Ready(waited_s=float("inf"))]
+        for frame in told:
+            channel.send(frame, 3)
+        for _ in range(2):
+            assert type(channel.receive(frames.FromReceiver, 3)) is Ack
+        agreed = digest(LAYOUT, range(2), request.token_ids, [(0, 5), (5, 5)])
+        complete = msgspec.structs.replace(
+            COMPLETE,
+            ticket=request.ticket,
+            source_epoch=SOURCE_EPOCH,
+            target_epoch=TARGET_EPOCH,
+            digest=agreed,
+            waited_s=1e9,
+        )
+        channel.send(complete, 3)
+        assert type(channel.receive(frames.FromReceiver, 3)) is Accepted
+        assert 0 <= target.wait().transfers[0].duration_s < 1
+        channel.close()
+
+
 @pytest.mark.parametrize(
-    ("said", "text"),
+    ("frames_sent", "text"),
     [
         ([Ready()], "Ready out of turn"),
         ([block(0), Ready()], "Ready out of turn"),
@@ -131,12 +207,12 @@ COMPLETE = Complete(
         ([block(0, is_ahead=True), Alive(), Ready(), Ready()], "Ready out of turn"),
     ],
 )
-def test_frames_in_another_order_end_the_transfer(said, text):
+def test_frames_in_another_order_end_the_transfer(frames_sent, text):
     with ends("here") as (_, target, _):
         request = Request(10)
         target.receive(request.expected())
         channel = opened(target, request)
-        for frame in said:
+        for frame in frames_sent:
             channel.send(frame, 3)
         assert text in target.reason()
         assert target.fault() == "bad_frame"
