@@ -105,7 +105,7 @@ class SlowProxy:
 def test_bytes_that_move_slowly_count_at_both_ends():
     """The second order comes while the blocks of the first still move: nobody waits for the engine."""
     source, target = (
-        End(("tcp",), epoch=epoch, seed=epoch, block_bytes=16_384) for epoch in (SOURCE_EPOCH, TARGET_EPOCH)
+        End(("tcp",), epoch=epoch, seed=epoch, block_bytes=65_536) for epoch in (SOURCE_EPOCH, TARGET_EPOCH)
     )
     proxy, request = SlowProxy(target.address()), Request()
     target.receive(request.expected())
