@@ -58,7 +58,7 @@ def test_what_the_receiver_waits_for_its_own_device_counts_at_both_ends(pair):
     time.sleep(0.3)
     target.open(free)
     for end in pair:
-        assert 0.28 < end.wait().transfers[0].duration_s < 0.55
+        assert 0.2 < end.wait().transfers[0].duration_s < 0.55
 
 
 @pytest.mark.parametrize("ends_s", [0.2, 0.45])
@@ -154,5 +154,5 @@ def test_time_in_which_bytes_are_on_their_way_counts_whatever_else_is_waited_for
     source.send(last, 42)
     for end in (source, target):
         (told,) = end.wait().transfers
-        assert 0.3 <= told.duration_s < 1
+        assert 0.2 < told.duration_s < 1, "of 0.3 s, less the time until the two had met"
         end.close()
