@@ -6,7 +6,7 @@
     Block, and its bytes by lane   -->
                                    <--        Ack            a lane's staging memory may be used again
     Block, is_ahead                -->                       while its KV is computed
-    Alive                          -->                       while an order or the first token is waited for
+    Alive                          -->                       while the sender waits for its engine
     Ready                          -->
                                    <--        Ack
     Complete                       -->

@@ -1,6 +1,7 @@
 """KVLink: the transport of a node that takes part in prefill/decode disaggregation.
 
-Owns the listening socket and the threads: one accepts, one serves each connection, one runs each shipment.
+Owns the listening socket and the threads: one accepts, one serves each connection, one runs each shipment,
+and one speaks for those that wait for a step.
 What a transfer does stands in shipment.py and receipt.py; the ways of the bytes in lane.py. Runs in the
 worker process.
 """
@@ -56,7 +57,7 @@ class KVLink(Transport):
         self._crew = Crew()
         self._connections: set[Channel] = set()
         self._peers = Peers()
-        self._is_closed = False
+        self._closed = threading.Event()
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
             self._listener = socket.create_server((host, port), family=family, backlog=256)
@@ -66,6 +67,7 @@ class KVLink(Transport):
         shown = f"[{shown}]" if ":" in shown else shown
         self.address = f"tcp://{shown}:{self._listener.getsockname()[1]}"
         self._crew.do(self._accept)
+        self._crew.do(self._keep_alive)
 
     def receive(self, order: KVTransferOrder, free: Moment) -> None:
         hold = Hold(order.request_id, self._ledger, "received")
@@ -104,7 +106,7 @@ class KVLink(Transport):
                 transfer.interrupt()
 
     def close(self) -> None:
-        self._is_closed = True
+        self._closed.set()
         # A thread that waits in accept() is woken by a shutdown, not by a close.
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
@@ -128,18 +130,25 @@ class KVLink(Transport):
         if not shipment.run():
             sending.interrupt()  # the others have nothing to wait for
 
+    def _keep_alive(self) -> None:
+        while not self._closed.wait(self._node.limits.alive_s):
+            with self._changed:
+                shipments = [one for sending in self._sendings.values() for one in sending.shipments]
+            for shipment in shipments:
+                shipment.keep_alive()
+
     def _accept(self) -> None:
-        while not self._is_closed:
+        while not self._closed.is_set():
             try:
                 sock, peer = self._listener.accept()
             except OSError as error:
-                if not self._is_closed:
+                if not self._closed.is_set():
                     logger.warning("KV link: cannot accept a connection: %s", error)
                     time.sleep(0.1)
                 continue
             channel = Channel(sock)
             with self._changed:
-                is_full, is_closed = len(self._connections) >= MAX_CONNECTIONS, self._is_closed
+                is_full, is_closed = len(self._connections) >= MAX_CONNECTIONS, self._closed.is_set()
                 if not (is_full or is_closed):
                     self._connections.add(channel)
             if is_full or is_closed:
@@ -222,7 +231,7 @@ class KVLink(Transport):
             raise LinkRefused("old_epoch", text)
         with self._changed:
             self._changed.wait_for(
-                lambda: opening.ticket in self._receipts or self._is_closed, node.limits.ticket_s
+                lambda: opening.ticket in self._receipts or self._closed.is_set(), node.limits.ticket_s
             )
             receipt = self._receipts.get(opening.ticket)
         if receipt is None:

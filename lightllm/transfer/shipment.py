@@ -165,6 +165,8 @@ class Shipment:
         self._lock = threading.Lock()
         self._channel: Channel | None = None
         self._is_closed = False
+        self._speaking = threading.Lock()
+        self._is_computing = False
         self._chunks: list[tuple[int, int]] = []
         self._num_unacknowledged = 0
         self._idle_since_s = 0.0
@@ -193,6 +195,25 @@ class Shipment:
             if self._channel is not None:
                 self._channel.interrupt()
             os.eventfd_write(self._news, 1)
+
+    def keep_alive(self) -> None:
+        """Let the peer know that we live, if a step is waited for; called now and then, in another thread."""
+        with self._speaking:
+            if self._is_computing and self._channel is not None:
+                try:
+                    self._channel.send(Alive(), self._silence_s)
+                except KVTransferError:
+                    pass  # who waits will hear of it
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """Wait for a step, which may take longer than the peer bears silence: another thread speaks."""
+        self._is_computing = True
+        try:
+            yield
+        finally:
+            with self._speaking:
+                self._is_computing = False
 
     def run(self) -> bool:
         """Send everything and wait until the peer has accepted; ends the hold, or its part of it.
@@ -237,7 +258,7 @@ class Shipment:
             self._ship(channel, end, *ahead, is_ahead=True)
         while self._num_unacknowledged and not written.is_past():
             self._take_ack(channel)
-        with self._waiting_for_engine():
+        with self._waiting_for_engine(), self._computing():
             written.wait()
         if ahead is not None:
             if self.hold.is_over:

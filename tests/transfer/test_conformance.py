@@ -166,6 +166,19 @@ def test_kv_leaves_only_once_its_step_is_computed(pair):
     check_arrival(source, target, request)
 
 
+def test_a_step_may_take_longer_than_a_peer_may_be_silent(pair):
+    source, target = pair
+    request, gate = Request(), source.gate()
+    target.receive(request.expected())
+    first, last = request.orders(target.address(), 50)
+    source.send(first)
+    source.send(last, 42, gate)
+    time.sleep(1.5)  # longer than a peer may be silent
+    assert not any(target.poll())
+    source.open(gate)
+    check_arrival(source, target, request)
+
+
 def test_slots_are_written_only_once_earlier_steps_are_done_with_them(pair):
     source, target = pair
     request, gate = Request(), target.gate()
