@@ -27,8 +27,10 @@ from lightllm.transfer.frames import (
 from lightllm.transfer.plan import digest
 from tests.transfer.frame_proxy import HARMS, LENGTH
 from tests.transfer.nodes import LAYOUT, SOURCE_EPOCH, TARGET_EPOCH, TOKEN, Request
-from tests.transfer.test_disturbed_links import NUM_TOKENS, check_right, ends, harm, wait_until
+from tests.transfer.test_disturbed_links import LIMITS, NUM_TOKENS, check_right, ends, harm, wait_until
 
+# So seldom does a sender say that it lives that its frames can be counted.
+CALM = LIMITS._replace(alive_s=0.5)
 # Of the first order a block of five tokens; of the second one block ahead, its Ready, and a block.
 NUM_FRAMES = {"there": 7, "back": 7}
 
@@ -65,7 +67,7 @@ def ship_ahead(source, target, address, request):
 
 
 def test_what_is_computed_behind_the_announcement_arrives():
-    with ends("here") as (source, target, proxy):
+    with ends("here", CALM) as (source, target, proxy):
         request = Request(NUM_TOKENS)
         before = target.kv(request.target_slots[5:])
         gate = begin(source, target, proxy.address, request)
@@ -79,12 +81,14 @@ def test_what_is_computed_behind_the_announcement_arrives():
         check_right(source, target, request)
         num_bytes = source.kv(request.source_slots).nbytes
         assert [end.endings.transfers[0].num_bytes for end in (source, target)] == [num_bytes] * 2
-        assert {way: len(passed) for way, passed in proxy.frames.items()} == NUM_FRAMES
+        num_alive = sum(body["type"] == "Alive" for body in said(proxy))  # none, unless the machine is slow
+        assert len(proxy.frames["there"]) == NUM_FRAMES["there"] + num_alive
+        assert len(proxy.frames["back"]) == NUM_FRAMES["back"]
 
 
 @pytest.mark.parametrize("name", ["source", "target"])
 def test_one_that_is_given_up_ahead_is_never_read(name):
-    with ends("here") as (source, target, proxy):
+    with ends("here", CALM) as (source, target, proxy):
         request = Request(NUM_TOKENS)
         gate = begin(source, target, proxy.address, request)
         wait_until(lambda: is_announced(proxy))
@@ -102,7 +106,7 @@ def give_up(source):
 
 
 def test_nothing_is_ready_whose_slots_may_be_anothers():
-    with ends("here") as (source, target, proxy):
+    with ends("here", CALM) as (source, target, proxy):
         request, gate = Request(10), source.gate()
         target.receive(request.expected())
         (order,) = request.orders(proxy.address)
@@ -115,7 +119,7 @@ def test_nothing_is_ready_whose_slots_may_be_anothers():
 
 
 def test_nothing_is_complete_whose_slots_may_be_anothers():
-    with ends("here") as (source, target, proxy):
+    with ends("here", CALM) as (source, target, proxy):
         request, free = Request(10), target.gate()
         target.receive(request.expected(), free)
         (order,) = request.orders(proxy.address)
@@ -129,7 +133,7 @@ def test_nothing_is_complete_whose_slots_may_be_anothers():
 
 def test_both_ends_log_what_has_moved_once(caplog):
     caplog.set_level("INFO")
-    with ends("here") as (source, target, proxy):
+    with ends("here", CALM) as (source, target, proxy):
         request = Request(NUM_TOKENS)
         ship_ahead(source, target, proxy.address, request)
         num_bytes = source.kv(request.source_slots).nbytes
@@ -142,7 +146,10 @@ def test_both_ends_log_what_has_moved_once(caplog):
 def test_one_frame_comes_to_harm_whichever_it_is(kind):
     places = [(way, index) for way, count in NUM_FRAMES.items() for index in range(count)]
     with ThreadPoolExecutor(len(places)) as pool:
-        done = {place: pool.submit(partial(harm, "here", kind, *place, ship=ship_ahead)) for place in places}
+        done = {
+            place: pool.submit(partial(harm, "here", kind, *place, ship=ship_ahead, limits=CALM))
+            for place in places
+        }
     failed = {place: repr(case.exception()) for place, case in done.items() if case.exception() is not None}
     assert not failed
 
@@ -172,7 +179,7 @@ COMPLETE = Complete(
 
 
 def test_a_peer_that_lies_of_its_waiting_makes_no_time_negative():
-    with ends("here") as (_, target, _):
+    with ends("here", CALM) as (_, target, _):
         request = Request(10)
         target.receive(request.expected())
         channel = opened(target, request)
@@ -208,7 +215,7 @@ def test_a_peer_that_lies_of_its_waiting_makes_no_time_negative():
     ],
 )
 def test_frames_in_another_order_end_the_transfer(frames_sent, text):
-    with ends("here") as (_, target, _):
+    with ends("here", CALM) as (_, target, _):
         request = Request(10)
         target.receive(request.expected())
         channel = opened(target, request)

@@ -22,10 +22,10 @@ LANES = ("shm", "tcp")
 
 
 @contextlib.contextmanager
-def ends(lane):
+def ends(lane, limits=LIMITS):
     """A sender, a receiver, and what stands between them."""
-    source = End((lane,), epoch=SOURCE_EPOCH, seed=1, limits=LIMITS)
-    target = End((lane,), epoch=TARGET_EPOCH, seed=2, limits=LIMITS)
+    source = End((lane,), epoch=SOURCE_EPOCH, seed=1, limits=limits)
+    target = End((lane,), epoch=TARGET_EPOCH, seed=2, limits=limits)
     token_bytes = source.node.lanes[lane].rows.token_bytes if lane == "tcp" else 0
     proxy = FrameProxy(target.address(), token_bytes)
     yield source, target, proxy
@@ -71,9 +71,9 @@ def test_one_frame_comes_to_harm_whichever_it_is(lane, kind):
     assert not failed
 
 
-def harm(lane, kind, way, index, ship=ship):
+def harm(lane, kind, way, index, ship=ship, limits=LIMITS):
     """One transfer with one harm, and one behind it."""
-    with ends(lane) as (source, target, proxy):
+    with ends(lane, limits) as (source, target, proxy):
         proxy.harm = way, index, kind
         request = Request(NUM_TOKENS)
         ship(source, target, proxy.address, request)
