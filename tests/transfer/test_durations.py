@@ -21,24 +21,14 @@ def pair(request, monkeypatch):
         end.close()
 
 
-def test_the_step_of_a_prompt_in_one_order_does_not_count(pair):
+@pytest.mark.parametrize("cached", [(), (50,)], ids=["one order", "cached KV before it"])
+def test_the_step_of_a_prompt_does_not_count(pair, cached):
     source, target = pair
     request, gate = Request(), source.gate()
     target.receive(request.expected())
-    (order,) = request.orders(target.address())
-    source.send(order, 42, gate)
-    time.sleep(0.4)
-    source.open(gate)
-    for end in pair:
-        assert 0 < end.wait().transfers[0].duration_s < 0.25
-
-
-def test_the_step_behind_cached_kv_does_not_count(pair):
-    source, target = pair
-    request, gate = Request(), source.gate()
-    target.receive(request.expected())
-    cached, last = request.orders(target.address(), 50)
-    source.send(cached)
+    *computed, last = request.orders(target.address(), *cached)
+    for order in computed:
+        source.send(order)
     source.send(last, 42, gate)
     time.sleep(0.4)
     source.open(gate)
@@ -149,10 +139,10 @@ def test_time_in_which_bytes_are_on_their_way_counts_whatever_else_is_waited_for
     target.receive(request.expected(), gate=gate)  # it is written only behind this
     first, last = request.orders(target.address(), 50)
     source.send(first)
-    time.sleep(0.3)
+    time.sleep(0.4)  # the two have met by then, so that 0.3 s of it count
     target.open(gate)
     source.send(last, 42)
     for end in (source, target):
         (told,) = end.wait().transfers
-        assert 0.2 < told.duration_s < 1, "of 0.3 s, less the time until the two had met"
+        assert 0.3 <= told.duration_s < 1
         end.close()
