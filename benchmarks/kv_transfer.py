@@ -232,15 +232,22 @@ class TimedStep(Moment):
         return time.monotonic() >= self._done_s
 
 
-def begin_step(device_name: str) -> tuple[Moment, Moment]:
-    """Begin what takes a device some STEP_S; its end, to sleep and to spin until it comes."""
-    if device_name == "cpu":
-        step = TimedStep()
-        return step, step
-    device, factor = make_device(device_name), torch.ones(8192, 8192, dtype=torch.bfloat16, device="cuda")
-    for _ in range(8):
-        factor @ factor
-    return device.mark(), device.mark(is_near=True)
+class Steps:
+    """Begins what takes a device some STEP_S."""
+
+    def __init__(self, device_name: str) -> None:
+        self._device = make_device(device_name)
+        if self._device.is_async:
+            self._factor = torch.ones(8192, 8192, dtype=torch.bfloat16, device=self._device.torch_device)
+
+    def begin(self) -> tuple[Moment, Moment]:
+        """Begin one; its end, to sleep and to spin until it comes."""
+        if not self._device.is_async:
+            step = TimedStep()
+            return step, step
+        for _ in range(8):
+            self._factor @ self._factor
+        return self._device.mark(), self._device.mark(is_near=True)
 
 
 def measure(
@@ -256,16 +263,15 @@ def measure(
     assert peer.stdin is not None
     assert peer.stdout is not None
     address = peer.stdout.readline().strip()
-    entries, number = [], 0
+    entries, number, steps = [], 0, Steps(device_name)
     for case in [Case(count, *more) for count in lengths for more in CASES]:
-        orders = partial(orders_of, case, address)
         durations, delays = [], []
         for i in range(repeat + 1):
             number += 1
             peer.stdin.write(json.dumps((number, case)) + "\n")
             peer.stdin.flush()
             assert peer.stdout.readline() == "expected\n"
-            started_s, ended_s = ship(link, orders(number), case, device_name)
+            started_s, ended_s = ship(link, orders_of(case, address, number), case, steps)
             delay_s = float(peer.stdout.readline()) - ended_s
             if i:  # the first compiles kernels and opens memory
                 durations.append(ended_s - started_s)
@@ -278,9 +284,9 @@ def measure(
     return entries
 
 
-def ship(link: KVLink, orders: list[KVTransferOrder], case: Case, device_name: str) -> tuple[float, float]:
+def ship(link: KVLink, orders: list[KVTransferOrder], case: Case, steps: Steps) -> tuple[float, float]:
     """When the KV was computed, and when all was confirmed."""
-    written, near = begin_step(device_name) if case.is_during else (PastMoment(), PastMoment())
+    written, near = steps.begin() if case.is_during else (PastMoment(), PastMoment())
     started_s = time.monotonic()
     for order in orders:
         link.send(order, written)
