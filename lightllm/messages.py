@@ -187,8 +187,9 @@ class KVTransfer(Part):
     """One transfer that has ended, on one node, for the figures.
 
     `direction` is sent or received; `transport` the lane, or none if the two ends had not agreed on one;
-    `fault` one of KV_FAULTS, empty if all went well. `duration_s` is without the time in which all had moved
-    that there was, and the sender's engine computed the rest.
+    `fault` one of KV_FAULTS, empty if all went well. `duration_s` counts from when the two ends
+    had found each other (where they had not, from the order), without the time in which all had moved that
+    there was, and the sender's engine computed the rest.
     """
 
     request_id: str

@@ -56,6 +56,7 @@ def parse_json(body: bytes | bytearray) -> Any:
         if not _is_utf8(body):
             raise _bad("the body is not UTF-8") from None
         raise _bad(f"the body is not valid JSON: {str(error)[:200]}") from None
+    # Each key of the text has its colon: where there are fewer keys than that, one was written twice.
     if size.num_keys > _count_keys(value, size.num_containers):
         _check_unique(body)
     return value
