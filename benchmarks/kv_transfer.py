@@ -8,7 +8,8 @@ CUDA_VISIBLE_DEVICES lists two: then the receiver is on the second. For each lan
 from the moment when the KV is computed to the sender's confirmation, slots in runs and scattered, for KV that
 is ordered behind the step that computes it, or during that step, as KV of prompts is; the same for four
 requests of one step, until all are confirmed; and the delay from there until a receiver that sleeps until it
-is told, as an idle engine does, has heard of it (it may be earlier). Beside it the rates of plain copies.
+is told, as an idle engine does, has heard of it (it may be earlier). For one request ordered during its step
+also what happened when at both ends, which have one clock. Beside it the rates of plain copies.
 Prints a table to stderr and one JSON object, medians and best runs.
 """
 
@@ -23,7 +24,7 @@ import threading
 import time
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from machine import describe_run
@@ -38,6 +39,7 @@ from lightllm.model_config import ModelConfig
 from lightllm.packed_ints import Ints, pack
 from lightllm.transfer import LANES
 from lightllm.transfer.base import Endings, Limits
+from lightllm.transfer.channel import Channel
 from lightllm.transfer.lane import LaneUnavailable, open_lanes
 from lightllm.transfer.link import KVLink
 from lightllm.transfer.plan import HostRows
@@ -75,7 +77,7 @@ def main() -> None:
         receive(args.receive, args.device, shapes[0])
         return
     assert set(lanes) <= set(LANES), f"lanes are {', '.join(LANES)}"
-    rates = copy_rates(args.device)
+    rates, diary = copy_rates(args.device), Diary("sender")
     print(json.dumps(rates), file=sys.stderr, flush=True)
     report = {
         **describe_run(),
@@ -84,13 +86,65 @@ def main() -> None:
             entry
             for shape in shapes
             for lane in lanes
-            for entry in measure(lane, args.device, shape, [int(n) for n in lengths], args.repeat)
+            for entry in measure(lane, args.device, shape, [int(n) for n in lengths], args.repeat, diary)
         ],
     }
     text = json.dumps(report, indent=1)
     print(text)
     if args.out:
         args.out.write_text(text + "\n", "utf-8")
+
+
+class Diary:
+    """When frames were sent and read in this process, and when a receiver's copy began and ended."""
+
+    def __init__(self, who: str) -> None:
+        self._who = who
+        self._lines: list[tuple[float, str]] = []
+        send, receive = Channel.send, Channel.receive
+
+        def noted_send(channel: Channel, frame: Any, limit_s: float) -> None:
+            send(channel, frame, limit_s)
+            self.note(f"{type(frame).__name__} sent")
+
+        def noted_receive(channel: Channel, kind: Any, limit_s: float) -> Any:
+            frame = receive(channel, kind, limit_s)
+            self.note(f"{type(frame).__name__} read")
+            return frame
+
+        Channel.send, Channel.receive = noted_send, noted_receive  # type: ignore[method-assign]
+
+    def watch(self, end: type[Any]) -> None:
+        """Note when this lane's receiving ends copy."""
+        unpack = end.unpack
+
+        def noted_unpack(receiver: Any, slots: Any) -> None:
+            self.note("copy begins")
+            unpack(receiver, slots)
+            self.note("copy is done")
+
+        end.unpack = noted_unpack
+
+    def note(self, text: str) -> None:
+        """Something has happened now."""
+        self._lines.append((time.monotonic(), f"{self._who}: {text}"))
+
+    def take(self) -> list[tuple[float, str]]:
+        """All since the last call."""
+        lines, self._lines = self._lines, []
+        return lines
+
+
+def timeline(rounds: list[list[tuple[float, str]]]) -> dict[str, int]:
+    """Medians over rounds of the last time that each thing happened, in microseconds, as they followed."""
+    last = [{text: seconds for seconds, text in sorted(lines)} for lines in rounds]
+    names = {text for one in last for text in one}
+    shown = {
+        name: round(statistics.median(one[name] for one in last if name in one) * 1e6)
+        for name in names
+        if sum(name in one for one in last) > len(last) // 2
+    }
+    return {name: at for name, at in sorted(shown.items(), key=lambda item: item[1]) if at > 0}
 
 
 def model_of(shape: str) -> ModelConfig:
@@ -188,7 +242,12 @@ CASES = ((False, False, 1), (True, False, 1), (False, True, 1), (True, True, 1),
 
 def receive(lane: str, device_name: str, shape: str) -> None:
     """Expect what stdin says, line by line: a round and its case; answer with the time when all had come."""
+    diary = Diary("receiver")
     link = open_link(lane, device_name, shape, 2)
+    if lane == "p2p":
+        from lightllm.transfer.p2p import _Receiver
+
+        diary.watch(_Receiver)
     print(link.address, flush=True)
     for line in sys.stdin:
         number, fields = json.loads(line)
@@ -204,7 +263,9 @@ def receive(lane: str, device_name: str, shape: str) -> None:
             link.receive(order, PastMoment())
         print("expected", flush=True)
         wait(link, case.at_once)
-        print(time.monotonic(), flush=True)
+        heard_s = time.monotonic()
+        time.sleep(0.005)  # its thread has something to say yet
+        print(json.dumps((heard_s, diary.take())), flush=True)
     link.close()
 
 
@@ -241,17 +302,17 @@ class Steps:
             self._factor = torch.ones(8192, 8192, dtype=torch.bfloat16, device=self._device.torch_device)
 
     def begin(self) -> tuple[Moment, Moment]:
-        """Begin one; its end, to sleep and to spin until it comes."""
+        """Begin one; its end, for the transport and for the caller."""
         if not self._device.is_async:
             step = TimedStep()
             return step, step
         for _ in range(8):
             self._factor @ self._factor
-        return self._device.mark(), self._device.mark(is_near=True)
+        return self._device.mark(is_urgent=True), self._device.mark(is_urgent=True)
 
 
 def measure(
-    lane: str, device_name: str, shape: str, lengths: list[int], repeat: int
+    lane: str, device_name: str, shape: str, lengths: list[int], repeat: int, diary: Diary
 ) -> list[dict[str, object]]:
     """All lengths over one lane."""
     try:
@@ -265,18 +326,23 @@ def measure(
     address = peer.stdout.readline().strip()
     entries, number, steps = [], 0, Steps(device_name)
     for case in [Case(count, *more) for count in lengths for more in CASES]:
-        durations, delays = [], []
+        durations, delays, rounds = [], [], []
         for i in range(repeat + 1):
             number += 1
             peer.stdin.write(json.dumps((number, case)) + "\n")
             peer.stdin.flush()
             assert peer.stdout.readline() == "expected\n"
+            diary.take()
             started_s, ended_s = ship(link, orders_of(case, address, number), case, steps)
-            delay_s = float(peer.stdout.readline()) - ended_s
+            heard_s, lines = json.loads(peer.stdout.readline())
+            lines += [*diary.take(), (ended_s, "sender: its engine has heard")]
             if i:  # the first compiles kernels and opens memory
                 durations.append(ended_s - started_s)
-                delays.append(delay_s)
+                delays.append(heard_s - ended_s)
+                rounds.append([(at_s - started_s, text) for at_s, text in lines])
         entries.append(entry(lane, shape, case, durations, delays))
+        if case.is_during and case.at_once == 1:
+            entries[-1]["us_behind_the_step"] = timeline(rounds)
         print(in_words(entries[-1]), file=sys.stderr, flush=True)
     link.close()
     peer.stdin.close()

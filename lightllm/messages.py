@@ -18,7 +18,7 @@ import msgspec
 from lightllm.packed_ints import Ints, from_wire, pack, to_wire
 from lightllm.sampling_params import SamplingParams
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 
 FINISH_REASONS = ("stop", "length", "abort", "error", "handed_over")
 """`handed_over` never reaches a client: a prefill node's request whose KV the decode node has taken."""

@@ -131,11 +131,11 @@ class Device(ABC):
         """Undo `pin`; no copy is on its way."""
 
     @abstractmethod
-    def mark(self, is_near: bool = False) -> Moment:
+    def mark(self, is_urgent: bool = False) -> Moment:
         """Mark this moment; never waits for the device.
 
         Args:
-            is_near: it comes soon, and whoever waits for it may keep a core busy meanwhile: a thread that
+            is_urgent: a thread that waits for it keeps a core busy meanwhile, one of all that do: one that
                 sleeps until the device calls it wakes up to 0.2 ms late in a virtual machine.
         """
 

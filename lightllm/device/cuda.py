@@ -4,6 +4,7 @@ All steps run on one stream, so that work is done in the order of the calls; the
 only in `Download.result`. KV transfers have streams of their own. Runs in the worker.
 """
 
+import threading
 from contextlib import AbstractContextManager
 from typing import ClassVar
 
@@ -27,14 +28,12 @@ def compute_capability(device: torch.device) -> tuple[int, int]:
 
 
 class CudaMoment(Moment):
-    """An event behind what was called for on the calling thread's stream.
+    """An event behind what was called for on the calling thread's stream; threads sleep until it comes."""
 
-    Args:
-        is_near: see Device.mark.
-    """
+    SLEEPS = True
 
-    def __init__(self, is_near: bool = False) -> None:
-        self._event = torch.cuda.Event(blocking=not is_near)  # type: ignore[no-untyped-call]
+    def __init__(self) -> None:
+        self._event = torch.cuda.Event(blocking=self.SLEEPS)  # type: ignore[no-untyped-call]
         self._event.record()
 
     def wait(self) -> None:
@@ -42,6 +41,27 @@ class CudaMoment(Moment):
 
     def is_past(self) -> bool:
         return bool(self._event.query())  # type: ignore[no-untyped-call]
+
+
+class UrgentMoment(CudaMoment):
+    """One for which the first thread that waits stays awake, and wakes all others."""
+
+    SLEEPS = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._watch = threading.Lock()
+        self._is_over = threading.Event()
+
+    def wait(self) -> None:
+        if self._watch.acquire(blocking=False):
+            try:
+                super().wait()
+            finally:
+                self._is_over.set()
+        else:
+            self._is_over.wait()
+            super().wait()  # raises what the device has raised
 
 
 class CudaDownload(Download):
@@ -167,8 +187,8 @@ class CudaDevice(Device):
     def unpin(self, memory: Tensor) -> None:
         torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())  # type: ignore[no-untyped-call]
 
-    def mark(self, is_near: bool = False) -> Moment:
-        return CudaMoment(is_near)
+    def mark(self, is_urgent: bool = False) -> Moment:
+        return UrgentMoment() if is_urgent else CudaMoment()
 
     def synchronize(self) -> None:
         torch.cuda.synchronize()

@@ -184,7 +184,7 @@ class CpuDevice(Device):
     def unpin(self, memory: Tensor) -> None:
         return
 
-    def mark(self, is_near: bool = False) -> Moment:
+    def mark(self, is_urgent: bool = False) -> Moment:
         return PastMoment()
 
     def synchronize(self) -> None:

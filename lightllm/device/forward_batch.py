@@ -3,6 +3,7 @@
 Made by the model runner once a step and read-only from then on. Knows rows and slots, never requests.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +49,7 @@ class ForwardBatch:
         kv_pool: read and written by the attention backend.
         index: on a device with kernels, what these read; None on a CPU.
         plan: what `AttentionBackend.plan` made of the above.
+        on_kv_written: called once the last layer has called for its keys and values to be written.
     """
 
     num_tokens: int
@@ -61,6 +63,7 @@ class ForwardBatch:
     kv_pool: KVPool
     index: DeviceIndex | None = None
     plan: Any = None
+    on_kv_written: Callable[[], None] | None = None
 
     @classmethod
     def build(
@@ -75,7 +78,7 @@ class ForwardBatch:
         kv_pool: KVPool,
         index: DeviceIndex | None = None,
     ) -> "ForwardBatch":
-        """Derive the rest; the caller sets `plan` afterwards."""
+        """Derive the rest; the caller sets `plan` afterwards, and `on_kv_written` if it wants."""
         cu_seqlens_q = np.zeros(len(query_lens) + 1, dtype=np.int64)
         np.cumsum(query_lens, out=cu_seqlens_q[1:])
         return cls(

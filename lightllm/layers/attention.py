@@ -59,7 +59,11 @@ class Attention:
         if self.q_norm is not None and self.k_norm is not None:
             heads = q, k = self.q_norm(q), self.k_norm(k)
         if isinstance(self.backend, RotatingBackend):
-            return self.o(self.backend.rotate_and_forward(q, k, v, (cos, sin), self.layer, batch))
-        for x in heads:
-            self.ops.rotate_(x, cos, sin)
-        return self.o(self.backend.forward(q, k, v, self.layer, batch))
+            attended = self.backend.rotate_and_forward(q, k, v, (cos, sin), self.layer, batch)
+        else:
+            for x in heads:
+                self.ops.rotate_(x, cos, sin)
+            attended = self.backend.forward(q, k, v, self.layer, batch)
+        if batch.on_kv_written is not None and self.layer.index == len(batch.kv_pool.k) - 1:
+            batch.on_kv_written()
+        return self.o(attended)

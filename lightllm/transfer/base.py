@@ -36,12 +36,15 @@ class Limits(NamedTuple):
         alive_s: a sender with nothing to send says so this often.
         ticket_s: a peer that dials may be so much earlier than the order to expect it; longer than a request
             waits for slots, so that the one who says that there are none is its engine.
+        kept_s: a sender whose slots are read in place may promise to keep them so long; a cancellation waits
+            for the rest of that at most.
     """
 
     handshake_s: float = 5.0
     silence_s: float = 10.0
     alive_s: float = 1.0
     ticket_s: float = 8.0
+    kept_s: float = 0.5
 
 
 def fault_of(error: Exception) -> str:
@@ -124,6 +127,9 @@ class Hold:
         self.began_s = time.monotonic()
         self._ledger = ledger
         self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._num_promises = 0
+        self._kept_until_s = 0.0
         self._has_begun = False
         self._is_over = False
         self._untold: KVTransfer | None = None
@@ -154,6 +160,28 @@ class Hold:
                 self._has_begun, self.began_s = True, now_s
         return now_s
 
+    def promise(self, limit_s: float) -> float:
+        """Promise a peer to keep the slots until it has answered, for so long at most.
+
+        Returns:
+            Until when they are kept, in monotonic time.
+
+        Raises:
+            KVTransferError: they are not ours any more.
+        """
+        with self._lock:
+            if self._is_over:
+                raise KVTransferError(f"the transfer of {self.request_id} was given up here")
+            self._num_promises += 1
+            self._kept_until_s = time.monotonic() + limit_s
+            return self._kept_until_s
+
+    def keep_no_more(self) -> None:
+        """The peer has answered: it reads no more."""
+        with self._changed:
+            self._num_promises -= 1
+            self._changed.notify_all()
+
     def moved(self, num_bytes: int) -> None:
         """Count payload."""
         with self._lock:
@@ -177,11 +205,18 @@ class Hold:
             raise KVTransferError(f"the transfer of {self.request_id} was given up here")
 
     def end(self, ending: KVArrival | KVFailure | str, fault: str = "") -> bool:
-        """Give up the slots and report why; False if that has been done before."""
-        with self._lock:
+        """Give up the slots and report why; False if that has been done before.
+
+        A failure waits until no promise binds us.
+        """
+        with self._changed:
+            if isinstance(ending, KVFailure):
+                limit_s = max(0.0, self._kept_until_s - time.monotonic())
+                self._changed.wait_for(lambda: self._is_over or not self._num_promises, limit_s)
             if self._is_over:
                 return False
             self._is_over = True
+            self._changed.notify_all()
         transfer = KVTransfer(
             request_id=self.request_id,
             direction=self.direction,
@@ -241,7 +276,8 @@ class Transport(ABC):
     def cancel(self, request_id: str) -> None:
         """End a transfer as failed; nothing happens if there is none, or it has ended.
 
-        When this returns its slots are not touched any more, and its ending waits for the next poll.
+        When this returns its slots are not touched any more, and its ending waits for the next poll. Where a
+        peer may still read by a promise, that is waited for (`Limits.kept_s`); it may come through then.
         """
 
     def poll(self) -> Endings:

@@ -159,7 +159,7 @@ class DeviceRows(KVRows):
                 try:
                     yield work
                 finally:
-                    self._device.mark(is_near=True).wait()
+                    self._device.mark(is_urgent=True).wait()
         except RuntimeError as error:
             raise KVTransferError(f"moving KV on {self._device.label}: {error}") from error
         finally:

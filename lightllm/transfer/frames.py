@@ -12,6 +12,13 @@
     Complete                       -->
                                    <--        Accepted, or Rejected
 
+A sender whose slots are read in place need not wait for the last Acks, if its Complete promises to keep them:
+
+    Complete, kept_until_s         -->
+                                   <--        Accepted, or Rejected; Late: the promise was over
+    Complete                       -->        all has been read, and nothing was given up until now
+                                   <--        Accepted, or Rejected
+
 Behind Accepted the next transfer may begin on the same connection; behind Refused and Rejected it is closed.
 Frozen structs with a schema; anything else ends the transfer.
 """
@@ -86,7 +93,11 @@ class Alive(Frame, frozen=True):
 
 
 class Complete(Frame, frozen=True):
-    """All is sent: `num_tokens` in all with those that were there; see plan.digest. `waited_s`: as above."""
+    """All is sent: `num_tokens` in all with those that were there; see plan.digest. `waited_s`: as above.
+
+    With `kept_until_s`, in monotonic time of the host that both are on, some blocks have no Ack yet, and what
+    has been read of them until then is right, whatever has happened; else all have one.
+    """
 
     ticket: str
     source_epoch: int
@@ -95,6 +106,11 @@ class Complete(Frame, frozen=True):
     first_token_id: int
     digest: bytes
     waited_s: Seconds = 0.0
+    kept_until_s: Seconds = 0.0
+
+
+class Late(Frame, frozen=True):
+    """All has been read, but not in the time that was promised: an Ack of all blocks that have none."""
 
 
 class Accepted(Frame, frozen=True):
@@ -108,7 +124,7 @@ class Rejected(Frame, frozen=True):
 
 
 FromSender = Block | Ready | Alive | Complete
-FromReceiver = Ack | Accepted | Rejected
+FromReceiver = Ack | Late | Accepted | Rejected
 FirstFromReceiver = Choice | Refused
 
 

@@ -56,7 +56,7 @@ class SendingEnd(ABC):
     Attributes:
         cut: of that transfer.
         is_in_place: the receiver reads slots themselves, so that `pack` may be called before they are
-            computed, and `push` has nothing to do.
+            computed, and `push` has nothing to do. Both ends are on one host, and have one clock.
     """
 
     cut: Cut

@@ -4,7 +4,8 @@ The sender offers a handle of its pool, and each block's frame says in which of 
 receiver opens the handle once and copies slots to slots, over NVLink or PCIe, without staging memory; its
 kernel runs in a queue of its own, while it holds the slots that it writes. The sender's slots stay as they
 are until all blocks are acknowledged, unless it gives the transfer up; then what was read last may be of
-something else, but no COMPLETE follows, and so nobody uses it.
+something else, but no COMPLETE follows, and so nobody uses it. A COMPLETE that comes before that promises to
+keep the slots until a moment: what was read by then is right.
 
 A label at the end of the pool, drawn anew for each, proves that the two mean the same memory: it is compared
 when a pool is opened. A later offer with the same label is one of the same pool, which stays mapped here
@@ -44,7 +45,7 @@ logger = logging.getLogger(__name__)
 SLOT = np.dtype("<i4")
 MAX_BLOCK_TOKENS = MAX_KV_FRAME_BYTES // 2 // SLOT.itemsize
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-PID_NAMESPACE = "/proc/self/ns/pid"
+NAMESPACES = Path("/proc/self/ns")
 
 Handle = Annotated[bytes, msgspec.Meta(min_length=HANDLE_BYTES, max_length=HANDLE_BYTES)]
 Label = Annotated[bytes, msgspec.Meta(min_length=LABEL_BYTES, max_length=LABEL_BYTES)]
@@ -56,7 +57,7 @@ class PoolOffer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Where the sender's pool is found, and what stands at its end.
 
     Attributes:
-        host: this boot of the machine, and in it the place where numbers of processes mean the same.
+        host: this boot of the machine, and in it where numbers of processes, and times, mean the same.
         pid: of the process that holds the pool.
         handle, offset: see Exported.
         num_slots: of the pool.
@@ -95,7 +96,7 @@ class P2PLane(Lane):
         label = secrets.token_bytes(LABEL_BYTES)
         pool.label.copy_(torch.tensor(list(label), dtype=torch.uint8))
         try:
-            self.host = f"{BOOT_ID.read_text('ascii').strip()} {os.readlink(PID_NAMESPACE)}"
+            self.host = this_host()
             self.ipc = CudaIpc(rows.device)
             exported = self.ipc.export(pool.storage)
         except OSError as error:
@@ -280,6 +281,17 @@ class _Receiver(ReceivingEnd):
 
     def close(self) -> None:
         return
+
+
+def this_host() -> str:
+    """See PoolOffer.
+
+    Raises:
+        OSError: the system does not tell.
+    """
+    places = [NAMESPACES / name for name in ("pid", "time")]
+    names = [os.readlink(place) for place in places if place.is_symlink()]  # older kernels have one time only
+    return " ".join([BOOT_ID.read_text("ascii").strip(), *names])
 
 
 def _shown(heads: range) -> str:

@@ -16,7 +16,7 @@ from lightllm.messages import KVArrival, KVSource, KVTransferOrder
 from lightllm.transfer import frames
 from lightllm.transfer.base import Hold, fault_of
 from lightllm.transfer.channel import Channel
-from lightllm.transfer.frames import Accepted, Ack, Alive, Block, Complete, Ready, Rejected
+from lightllm.transfer.frames import Accepted, Ack, Alive, Block, Complete, Late, Ready, Rejected
 from lightllm.transfer.lane import Cut, ReceivingEnd
 from lightllm.transfer.plan import digest
 from lightllm.transfer.shipment import Node
@@ -99,6 +99,7 @@ class Intake:
         self._num_there = 0
         self._ahead: Block | None = None
         self._digest = b""
+        self._owes_ack = False
         self._idle_s = 0.0
         self._last_s = 0.0
 
@@ -112,6 +113,7 @@ class Intake:
         self._last_s = hold.began_s
         try:
             while True:
+                self._acknowledge(channel)
                 match channel.receive(frames.FromSender, node.limits.silence_s):
                     case Block() as block if self._ahead is None:
                         self._note_idle(block.waited_s)
@@ -119,15 +121,16 @@ class Intake:
                         if block.is_ahead:
                             self._ahead = block
                         else:
-                            self._take(channel, end, cut, block)
+                            self._take(end, cut, block)
                     case Ready(waited_s=waited_s) if self._ahead is not None:
                         self._note_idle(waited_s)
-                        self._take(channel, end, cut, self._ahead)
+                        self._take(end, cut, self._ahead)
                         self._ahead = None
                     case Complete() as complete if self._ahead is None:
-                        self._note_idle(complete.waited_s)
-                        self._accept(channel, complete)
-                        return
+                        if self._is_vouched(channel, complete):
+                            self._note_idle(complete.waited_s)
+                            self._accept(channel, complete)
+                            return
                     case Alive():
                         continue
                     case other:
@@ -166,17 +169,37 @@ class Intake:
             self._agreed()
         receipt.free.wait()
 
-    def _take(self, channel: Channel, end: ReceivingEnd, cut: Cut, block: Block) -> None:
+    def _take(self, end: ReceivingEnd, cut: Cut, block: Block) -> None:
         """Write a block that has been got into its slots."""
         receipt = self.receipt
         with receipt.hold.touching():
             end.unpack(self._slots_of(block))
         self._num_there += block.count
-        receipt.hold.moved(block.count * cut.rows.token_bytes)
-        channel.send(Ack(), receipt.node.limits.silence_s)
         self._last_s = time.monotonic()
-        if self._num_there == len(receipt.slots):  # while the sender prepares its last word
+        receipt.hold.moved(block.count * cut.rows.token_bytes)
+        self._owes_ack = True
+
+    def _acknowledge(self, channel: Channel) -> None:
+        """Acknowledge a block, unless all is here with a frame behind it: the last word has an answer."""
+        is_last = self._num_there == len(self.receipt.slots)
+        if not self._owes_ack or (is_last and channel.has_news(0.0)):
+            return
+        channel.send(Ack(), self.receipt.node.limits.silence_s)
+        self._owes_ack = False
+        if is_last:  # while the sender prepares its last word
             self._agreed()
+
+    def _is_vouched(self, channel: Channel, complete: Complete) -> bool:
+        """Whether the sender's slots were its own until we had read them; if not, it is asked again."""
+        if not complete.kept_until_s:
+            if self._owes_ack:
+                raise LinkBroken("Complete out of turn")
+            return True
+        if self._last_s <= complete.kept_until_s:
+            return True
+        channel.send(Late(), self.receipt.node.limits.silence_s)
+        self._owes_ack = False
+        return False
 
     def _agreed(self) -> bytes:
         """The digest of what has come, all of which is announced; as early as there is time for it."""

@@ -34,6 +34,7 @@ from lightllm.transfer.frames import (
     Choice,
     Complete,
     LaneOffer,
+    Late,
     Opening,
     Ready,
     Rejected,
@@ -167,6 +168,7 @@ class Shipment:
         self._is_closed = False
         self._speaking = threading.Lock()
         self._is_computing = False
+        self._has_promised = False
         self._chunks: list[tuple[int, int]] = []
         self._num_unacknowledged = 0
         self._idle_since_s = 0.0
@@ -231,8 +233,10 @@ class Shipment:
             agreed = digest(self._node.layout, self._rows.heads, token_ids, self._chunks)
             with self._waiting_for_engine():
                 self._wait_until(lambda: self._first_token_id is not None, channel)
-            self._complete(channel, len(token_ids), agreed)
+            self._complete(channel, len(token_ids), agreed, end.is_in_place)
             self.hold.end_part(self.hold.request_id, self._idle_s)
+            if self._has_promised:
+                self.hold.keep_no_more()  # not before: a cancellation that waits comes behind the success
             self.hold.log()
             is_done = True
         except (KVTransferError, LinkBroken, LinkRefused, msgspec.DecodeError, OSError) as error:
@@ -407,13 +411,11 @@ class Shipment:
             case other:
                 raise LinkBroken(f"{type(other).__name__} out of turn")
 
-    def _complete(self, channel: Channel, num_tokens: int, agreed: bytes) -> None:
-        """Say the last word, which vouches for what the peer has read: our slots were ours until then."""
-        assert self._first_token_id is not None
-        while self._num_unacknowledged:
+    def _complete(self, channel: Channel, num_tokens: int, agreed: bytes, is_in_place: bool) -> None:
+        """Say the last word, which vouches for what the peer reads, and wait for its answer."""
+        while self._num_unacknowledged and not is_in_place:
             self._take_ack(channel)
-        if self.hold.is_over:
-            raise KVTransferError("the transfer was given up here")
+        assert self._first_token_id is not None
         complete = Complete(
             ticket=self._target.ticket,
             source_epoch=self._node.epoch,
@@ -423,14 +425,41 @@ class Shipment:
             digest=agreed,
             waited_s=self._waited_s,
         )
-        channel.send(complete, self._silence_s)
-        match channel.receive(frames.FromReceiver, self._silence_s):
-            case Accepted():
-                return
-            case Rejected(reason=reason):
-                raise KVTransferError(f"the receiver does not accept it: {reason}", fault="not_accepted")
-            case other:
-                raise LinkBroken(f"{type(other).__name__} out of turn")
+        if self._num_unacknowledged and self._is_accepted_by_promise(channel, complete):
+            return
+        if self.hold.is_over:
+            raise KVTransferError("the transfer was given up here")
+        channel.send(complete, self._silence_s)  # all has been read: our slots were ours until now
+        if not self._is_accepted(self._answer(channel)):
+            raise LinkBroken("Late out of turn")
+
+    def _is_accepted_by_promise(self, channel: Channel, complete: Complete) -> bool:
+        """Promise to keep the slots while the peer reads the last blocks; False: it took longer."""
+        until_s = self.hold.promise(self._node.limits.kept_s)
+        channel.send(msgspec.structs.replace(complete, kept_until_s=until_s), self._silence_s)
+        answer = self._answer(channel)
+        self._has_promised = isinstance(answer, Accepted)
+        if not self._has_promised:
+            self.hold.keep_no_more()
+        return self._is_accepted(answer)
+
+    def _answer(self, channel: Channel) -> Accepted | Late | Rejected:
+        """What the peer says to the last word."""
+        while True:
+            match channel.receive(frames.FromReceiver, self._silence_s):
+                case Accepted() | Late() | Rejected() as answer:
+                    self._num_unacknowledged = 0
+                    return answer
+                case Ack() if self._num_unacknowledged:
+                    self._num_unacknowledged -= 1
+                case other:
+                    raise LinkBroken(f"{type(other).__name__} out of turn")
+
+    def _is_accepted(self, answer: Accepted | Late | Rejected) -> bool:
+        if isinstance(answer, Rejected):
+            text = f"the receiver does not accept it: {answer.reason}"
+            raise KVTransferError(text, fault="not_accepted")
+        return isinstance(answer, Accepted)
 
     def _close(self, ends: dict[str, SendingEnd], is_done: bool) -> None:
         with self._lock:

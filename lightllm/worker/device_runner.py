@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightllm.attention.base import AttentionBackend
-from lightllm.device.base import Device, Download
+from lightllm.device.base import Device, Download, Moment
 from lightllm.device.kv_pool import KVPool
 from lightllm.messages import ScheduledBatch, StepOutput, TokenLogprobs
 from lightllm.models.base import Model
@@ -71,6 +71,7 @@ class DeviceRunner(Runner):
         tensors = None if self.graphs is None else self.graphs.tensors_for(batch)
         prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
         sample: DeviceSample | None = None
+        written: list[Moment] = []
         if tensors is not None and self.graphs is not None:
             inputs = self.tables.inputs(batch, tensors)
             logits = self.graphs.run(tensors)
@@ -78,7 +79,7 @@ class DeviceRunner(Runner):
             sample = self._sample(logits[: len(lines)], inputs, lines)
             self.graphs.capture_next()
         else:
-            inputs, hidden = self._forward(batch)
+            inputs, hidden = self._forward(batch, written)
             lines = [i for i, is_sampling in enumerate(batch.is_sampling) if is_sampling]
             if lines:
                 sample = self._sample_eagerly(hidden, inputs, lines)
@@ -91,17 +92,27 @@ class DeviceRunner(Runner):
         fetched = () if sample is None else (sample.token_ids, *sample.logprobs)
         download = self.device.download(*fetched)
         return LaunchedStep(
-            partial(self._collect, batch, lines, sample, download, prompt_logprobs, started_s)
+            partial(self._collect, batch, lines, sample, download, prompt_logprobs, started_s),
+            written[0] if written else None,
         )
 
-    def _forward(self, batch: ScheduledBatch) -> tuple[StepInputs, Tensor]:
-        """The inputs of a step that no decode graph computes, and its hidden states."""
+    def _forward(self, batch: ScheduledBatch, written: list[Moment]) -> tuple[StepInputs, Tensor]:
+        """The inputs of a step that no decode graph computes, and its hidden states.
+
+        Args:
+            written: gets LaunchedStep.kv_written, where somebody waits for it and no graph keeps it inside.
+        """
         if self.prompt_graphs is not None:
             size = self.prompt_graphs.size_for(batch)
             if size is not None:
                 return self.prompt_graphs.run(batch, size)
         inputs = self.tables.inputs(batch)
-        return inputs, forward(self.model, self.backend, self.kv_pool, inputs, NO_SLOTS)
+        is_sent = any(not order.is_computed for order in batch.kv_sends)
+        note = partial(self._mark, written) if is_sent else None
+        return inputs, forward(self.model, self.backend, self.kv_pool, inputs, NO_SLOTS, note)
+
+    def _mark(self, written: list[Moment]) -> None:
+        written.append(self.device.mark(is_urgent=True))
 
     def _sample(self, logits: Tensor, inputs: StepInputs, lines: list[int]) -> DeviceSample:
         """Sample for all sequences of the batch."""

@@ -12,7 +12,7 @@ import msgspec
 
 from lightllm.cluster_link import cluster_token
 from lightllm.config import Config
-from lightllm.device.base import Device
+from lightllm.device.base import Device, Moment
 from lightllm.distributed.shares import kv_head_ranges
 from lightllm.errors import ConfigError
 from lightllm.messages import EngineInfo, KVLayout, KVTransferOrder, ScheduledBatch, StepOutput
@@ -67,12 +67,13 @@ class ExchangingRunner(Runner):
                 self.transport.receive(order, free)
         self._send([order for order in batch.kv_sends if order.is_computed])
         step = self.runner.launch(batch)
-        self._send([order for order in batch.kv_sends if not order.is_computed])
+        self._send([order for order in batch.kv_sends if not order.is_computed], step.kv_written)
         return LaunchedStep(partial(self._collect, step, batch))
 
-    def _send(self, orders: list[KVTransferOrder]) -> None:
+    def _send(self, orders: list[KVTransferOrder], written: Moment | None = None) -> None:
+        """Hand on orders whose KV is written at that moment; None: when all is done that was called for."""
         if orders:
-            written = self.device.mark()
+            written = written or self.device.mark(is_urgent=True)
             for order in orders:
                 self.transport.send(order, written)
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lightllm.attention.base import AttentionBackend
+from lightllm.device.base import Moment
 from lightllm.device.forward_batch import ForwardBatch
 from lightllm.device.kv_pool import KVPool
 from lightllm.messages import ScheduledBatch, StepOutput, TokenLogprobs
@@ -32,10 +33,14 @@ class LaunchedStep:
 
     Args:
         collect: makes the result; waits for the device.
+
+    Attributes:
+        kv_written: the moment behind which all its KV is in the pool, if that comes before its end.
     """
 
-    def __init__(self, collect: Callable[[], StepOutput]) -> None:
+    def __init__(self, collect: Callable[[], StepOutput], kv_written: Moment | None = None) -> None:
         self._collect = collect
+        self.kv_written = kv_written
 
     def result(self) -> StepOutput:
         """Wait for the step's tokens. Call it once, from any thread."""
@@ -147,12 +152,18 @@ class Tables(Protocol):
 
 
 def forward(
-    model: Model, backend: AttentionBackend, kv_pool: KVPool, inputs: StepInputs, slot_table: np.ndarray
+    model: Model,
+    backend: AttentionBackend,
+    kv_pool: KVPool,
+    inputs: StepInputs,
+    slot_table: np.ndarray,
+    on_kv_written: Callable[[], None] | None = None,
 ) -> Tensor:
     """Plan and compute a step's hidden states: [num_tokens, hidden].
 
     Args:
         slot_table: on the CPU; empty where the inputs have an index.
+        on_kv_written: see ForwardBatch.
     """
     batch = ForwardBatch.build(
         rows=inputs.rows,
@@ -165,6 +176,7 @@ def forward(
         index=inputs.index,
     )
     batch.plan = backend.plan(batch)
+    batch.on_kv_written = on_kv_written
     return model(inputs.token_ids, inputs.positions, batch)
 
 

@@ -15,6 +15,7 @@ from lightllm.attention.registry import load_backend
 from lightllm.device.base import Device, make_device
 from lightllm.device.kv_pool import KVPool
 from lightllm.layers.triton_ops import TritonOps
+from lightllm.messages import KVTarget, KVTransferOrder, ScheduledBatch
 from lightllm.models import load_model, tensor_shapes
 from lightllm.sampling_params import SamplingParams
 from lightllm.weights.dummy import DummySource
@@ -22,6 +23,7 @@ from lightllm.worker.cuda_graph import GraphMemory
 from lightllm.worker.decode_graphs import DecodeGraphs
 from lightllm.worker.device_runner import DeviceRunner
 from lightllm.worker.device_tables import DeviceTables
+from lightllm.worker.model_runner import LaunchedStep
 from lightllm.worker.prompt_graphs import PromptGraphs
 from tests.engine.harness import LocalEngine
 from tests.engine.test_golden_rule import (
@@ -125,6 +127,31 @@ def few_programs(monkeypatch, device: Device) -> None:
     """The interpreter runs programs one after the other."""
     if device.name == "cpu":
         monkeypatch.setattr(triton_gqa, "TARGET_PROGRAMS", 8)
+
+
+@pytest.mark.usefixtures("few_programs")
+def test_kv_that_is_sent_is_written_when_the_step_says_so(monkeypatch, device_model, device: Device) -> None:
+    launch, seen = DeviceRunner.launch, []
+    target = KVTarget(node_id="D", epoch=1, address="tcp://127.0.0.1:1", ticket="t")
+    order = KVTransferOrder(request_id="s", start=0, slots=[1], target=target)
+
+    def sending(runner: DeviceRunner, batch: ScheduledBatch) -> LaunchedStep:
+        is_prompt = bool(batch.rows) and max(batch.num_new_tokens) > 1
+        step = launch(runner, msgspec.structs.replace(batch, kv_sends=[order]) if is_prompt else batch)
+        if step.kv_written is not None:
+            step.kv_written.wait()
+            with device.side_queue():  # beside what is left of the step
+                written = runner.kv_pool.storage.view(torch.int32).clone()
+        device.synchronize()
+        assert (step.kv_written is not None) == is_prompt
+        if is_prompt:
+            seen.append(torch.equal(written, runner.kv_pool.storage.view(torch.int32)))
+        return step
+
+    monkeypatch.setattr(DeviceRunner, "launch", sending)
+    run_on(device_model, device, PROMPTS[:2], msgspec.structs.replace(GREEDY, max_new_tokens=2))
+    assert seen
+    assert all(seen)
 
 
 @pytest.mark.usefixtures("few_programs")

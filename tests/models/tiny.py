@@ -3,7 +3,7 @@
 InternLM2 is unknown to transformers; its oracle is a Llama, whose tensors are renamed and fused.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -164,6 +164,7 @@ class Sequences:
         self.model = model
         self.token_ids = token_ids
         self.num_computed = [0] * len(token_ids)
+        self.on_kv_written: Callable[[], None] | None = None
         self.pool = KVPool(model.config, NUM_SLOTS, dtype)
         slots = 1 + torch.randperm(NUM_SLOTS - 1, generator=torch.Generator().manual_seed(1))
         self.slot_table = np.zeros((len(token_ids), MAX_LEN), dtype=np.int32)
@@ -191,6 +192,7 @@ class Sequences:
         )
         with torch.inference_mode():
             batch.plan = self.model.backend.plan(batch)
+            batch.on_kv_written = self.on_kv_written
             hidden = self.model(torch.tensor(ids), batch.positions, batch)
             logits = self.model.logits(hidden)
         for row, count in counts.items():

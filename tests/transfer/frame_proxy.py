@@ -47,6 +47,10 @@ class FrameProxy:
         self.release.set()
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
+        self.cut()
+
+    def cut(self) -> None:
+        """Cut all connections."""
         for one in self._sockets:
             one.close()
 

@@ -83,7 +83,8 @@ def test_what_is_computed_behind_the_announcement_arrives():
         assert [end.endings.transfers[0].num_bytes for end in (source, target)] == [num_bytes] * 2
         num_alive = sum(body["type"] == "Alive" for body in said(proxy))  # none, unless the machine is slow
         assert len(proxy.frames["there"]) == NUM_FRAMES["there"] + num_alive
-        assert len(proxy.frames["back"]) == NUM_FRAMES["back"]
+        # The last word may be there before the last block is acknowledged, and is its answer then.
+        assert NUM_FRAMES["back"] - 1 <= len(proxy.frames["back"]) <= NUM_FRAMES["back"]
 
 
 @pytest.mark.parametrize("name", ["source", "target"])
@@ -123,9 +124,10 @@ def test_nothing_is_complete_whose_slots_may_be_anothers():
         request, free = Request(10), target.gate()
         target.receive(request.expected(), free)
         (order,) = request.orders(proxy.address)
-        source.send(order, 42)
+        source.send(order)
         wait_until(lambda: any(body["type"] == "Block" for body in said(proxy)))
         give_up(source)
+        source.complete("r", 42)
         target.open(free)  # it reads, and acknowledges
         assert target.wait().failed
         assert not [body for body in said(proxy) if body["type"] == "Complete"]

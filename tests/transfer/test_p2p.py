@@ -149,6 +149,7 @@ def test_the_death_of_a_sender_that_is_read_harms_nobody_and_frees_its_memory(ta
         end = open_receiver(target, offer)
         fields = np.arange(MANY_SLOTS - 150, MANY_SLOTS, dtype="<i4").tobytes()
         end.pull(None, Block(index=0, start=0, count=150, fields=fields), 150 * rows.token_bytes, 1.0)
+        end.prepare(slots)
         for _ in range(20):
             end.unpack(slots)
         process.kill()

@@ -36,7 +36,7 @@ class Mark(Moment):
     """Remembers the last step that had been called for when it was made."""
 
     def __init__(self, events):
-        self.step = [event for event in events if event.startswith("step")][-1]
+        self.step = [event for event in events if event.startswith(("step", "start"))][-1]
 
     def wait(self):
         raise AssertionError("the worker's thread must not wait")
@@ -52,7 +52,7 @@ class BusyDevice(CpuDevice):
         super().__init__()
         self.events = events
 
-    def mark(self, is_near=False):
+    def mark(self, is_urgent=False):
         return Mark(self.events)
 
 
@@ -126,6 +126,21 @@ def test_orders_stand_between_the_right_steps_and_the_first_token_follows(exchan
     exchanging.runner.is_done.set()
     assert [step.result().step_id for step in steps] == [0, 1, 2]
     assert events[8:] == ["complete s 104"]
+
+
+def test_orders_wait_for_kv_that_is_written_before_the_step_ends_no_longer_than_for_that(exchanging):
+    events = exchanging.transport.events
+    early = Mark(["step 0, its last layer"])
+    launch = exchanging.runner.launch
+
+    def launch_early(batch):
+        step = launch(batch)
+        step.kv_written = early
+        return step
+
+    exchanging.runner.launch = launch_early
+    exchanging.launch(batch(0, kv_sends=[msgspec.structs.replace(SEND, is_computed=True), LAST]))
+    assert events[1:] == ["send 0 behind start", "step 0", "send 2 behind step 0, its last layer"]
 
 
 def test_what_was_computed_earlier_leaves_before_the_step(exchanging):
