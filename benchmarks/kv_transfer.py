@@ -7,10 +7,11 @@ Two processes with KV pools and no model; with --device cuda both on the first G
 CUDA_VISIBLE_DEVICES lists two: then the receiver is on the second. For each lane and length: bytes per second
 from the moment when the KV is computed to the sender's confirmation, slots in runs and scattered, for KV that
 is ordered behind the step that computes it, or during that step, as KV of prompts is; the same for four
-requests of one step, until all are confirmed; and the delay from there until a receiver that sleeps until it
-is told, as an idle engine does, has heard of it (it may be earlier). For one request ordered during its step
-also what happened when at both ends, which have one clock. Beside it the rates of plain copies.
-Prints a table to stderr and one JSON object, medians and best runs.
+requests of one step, until all are confirmed; how long behind the end of a step that is where the KV was
+computed some milliseconds before that, as it is when the last layer still has something to do; and the delay
+from there until a receiver that sleeps until it is told, as an idle engine does, has heard of it (it may be
+earlier). For one request ordered during its step also what happened when at both ends, which have one clock.
+Beside it the rates of plain copies. Prints a table to stderr and one JSON object, medians and best runs.
 """
 
 import argparse
@@ -225,19 +226,29 @@ class Case(NamedTuple):
         count: tokens of a request.
         is_during: the order comes during the step that computes the KV, else behind it.
         at_once: so many requests.
+        is_early: the step goes on for some milliseconds when its KV is computed.
     """
 
     count: int
     is_scattered: bool
     is_during: bool
     at_once: int
+    is_early: bool = False
 
     def tickets(self, number: int) -> list[str]:
         """Of all its requests, in this round."""
         return [f"{number:>05}-{part:>010}" for part in range(self.at_once)]
 
 
-CASES = ((False, False, 1), (True, False, 1), (False, True, 1), (True, True, 1), (False, True, 4))
+CASES = (
+    (False, False, 1),
+    (True, False, 1),
+    (False, True, 1),
+    (True, True, 1),
+    (False, True, 4),
+    (False, True, 1, True),
+    (False, True, 4, True),
+)
 
 
 def receive(lane: str, device_name: str, shape: str) -> None:
@@ -280,11 +291,11 @@ def receiver(lane: str, device_name: str, shape: str) -> subprocess.Popen:
     )
 
 
-class TimedStep(Moment):
-    """A step on a CPU: it is done in STEP_S."""
+class TimedMoment(Moment):
+    """One of a CPU's step, so much later."""
 
-    def __init__(self) -> None:
-        self._done_s = time.monotonic() + STEP_S
+    def __init__(self, after_s: float) -> None:
+        self._done_s = time.monotonic() + after_s
 
     def wait(self) -> None:
         time.sleep(max(0.0, self._done_s - time.monotonic()))
@@ -301,14 +312,17 @@ class Steps:
         if self._device.is_async:
             self._factor = torch.ones(8192, 8192, dtype=torch.bfloat16, device=self._device.torch_device)
 
-    def begin(self) -> tuple[Moment, Moment]:
-        """Begin one; its end, for the transport and for the caller."""
+    def begin(self, is_early: bool) -> tuple[Moment, Moment]:
+        """Begin one; when its KV is computed, and its end."""
         if not self._device.is_async:
-            step = TimedStep()
-            return step, step
-        for _ in range(8):
+            return TimedMoment(STEP_S / 2 if is_early else STEP_S), TimedMoment(STEP_S)
+        for _ in range(4):
             self._factor @ self._factor
-        return self._device.mark(is_urgent=True), self._device.mark(is_urgent=True)
+        written = self._device.mark(is_urgent=True)
+        for _ in range(4):
+            self._factor @ self._factor
+        end = self._device.mark(is_urgent=True)
+        return written if is_early else self._device.mark(is_urgent=True), end
 
 
 def measure(
@@ -351,13 +365,13 @@ def measure(
 
 
 def ship(link: KVLink, orders: list[KVTransferOrder], case: Case, steps: Steps) -> tuple[float, float]:
-    """When the KV was computed, and when all was confirmed."""
-    written, near = steps.begin() if case.is_during else (PastMoment(), PastMoment())
+    """When the step was over, and when all was confirmed."""
+    written, end = steps.begin(case.is_early) if case.is_during else (PastMoment(), PastMoment())
     started_s = time.monotonic()
     for order in orders:
         link.send(order, written)
     if case.is_during:
-        near.wait()
+        end.wait()
         started_s = time.monotonic()
     for order in orders:
         link.complete(order.request_id, 0)
@@ -385,6 +399,10 @@ def entry(
 ) -> dict[str, object]:
     """One line of the report."""
     num_bytes = case.at_once * case.count * kv_bytes_per_token(model_of(shape), SHAPES[shape][3])
+    rates = {
+        "gb_per_s_median": round(num_bytes / statistics.median(durations) / 1e9, 2),
+        "gb_per_s_best": round(num_bytes / min(durations) / 1e9, 2),
+    }
     return {
         "lane": lane,
         "shape": shape,
@@ -392,10 +410,10 @@ def entry(
         "at_once": case.at_once,
         "slots": "scattered" if case.is_scattered else "in runs",
         "ordered": "during its step" if case.is_during else "behind its step",
+        "computed": "before the step's end" if case.is_early else "at the step's end",
         "mb": round(num_bytes / 1e6, 1),
         "ms_median": round(statistics.median(durations) * 1e3, 2),
-        "gb_per_s_median": round(num_bytes / statistics.median(durations) / 1e9, 2),
-        "gb_per_s_best": round(num_bytes / min(durations) / 1e9, 2),
+        **({} if case.is_early else rates),
         "noticed_after_ms_median": round(statistics.median(delays) * 1e3, 2),
         "noticed_after_ms_worst": round(max(delays) * 1e3, 2),
     }
@@ -432,9 +450,11 @@ def copy_rate(target: torch.Tensor, source: torch.Tensor) -> float:
 def in_words(line: dict) -> str:
     """One line of the table."""
     what = f"{line['lane']:4} {line['shape']:13} {line['at_once']} x {line['tokens']:6}"
-    where = f"{what} {line['slots']:9} {line['ordered']:15}"
-    rate = f"{line['ms_median']:9} ms {line['gb_per_s_median']:8} GB/s (best {line['gb_per_s_best']})"
-    return f"{where} {line['mb']:8} MB {rate}"
+    where = f"{what} {line['slots']:9} {line['ordered']:15} {line['computed']:21}"
+    rate = (
+        f"{line['gb_per_s_median']:8} GB/s (best {line['gb_per_s_best']})" if "gb_per_s_best" in line else ""
+    )
+    return f"{where} {line['mb']:8} MB {line['ms_median']:9} ms {rate}"
 
 
 if __name__ == "__main__":

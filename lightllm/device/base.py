@@ -52,6 +52,20 @@ class PastMoment(Moment):
         return True
 
 
+class ApproachedMoment(Moment):
+    """An urgent one that does not come before another one, until which threads sleep (`Device.mark`)."""
+
+    def __init__(self, near: Moment, urgent: Moment) -> None:
+        self._near, self._urgent = near, urgent
+
+    def wait(self) -> None:
+        self._near.wait()
+        self._urgent.wait()
+
+    def is_past(self) -> bool:
+        return self._urgent.is_past()
+
+
 class Device(ABC):
     """One device.
 

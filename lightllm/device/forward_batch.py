@@ -49,7 +49,8 @@ class ForwardBatch:
         kv_pool: read and written by the attention backend.
         index: on a device with kernels, what these read; None on a CPU.
         plan: what `AttentionBackend.plan` made of the above.
-        on_kv_written: called once the last layer has called for its keys and values to be written.
+        on_kv_written: called by each layer, with its index, when it has called for its keys and values to be
+            written.
     """
 
     num_tokens: int
@@ -63,7 +64,7 @@ class ForwardBatch:
     kv_pool: KVPool
     index: DeviceIndex | None = None
     plan: Any = None
-    on_kv_written: Callable[[], None] | None = None
+    on_kv_written: Callable[[int], None] | None = None
 
     @classmethod
     def build(

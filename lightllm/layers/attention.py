@@ -64,6 +64,6 @@ class Attention:
             for x in heads:
                 self.ops.rotate_(x, cos, sin)
             attended = self.backend.forward(q, k, v, self.layer, batch)
-        if batch.on_kv_written is not None and self.layer.index == len(batch.kv_pool.k) - 1:
-            batch.on_kv_written()
+        if batch.on_kv_written is not None:
+            batch.on_kv_written(self.layer.index)
         return self.o(attended)

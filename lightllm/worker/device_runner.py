@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightllm.attention.base import AttentionBackend
-from lightllm.device.base import Device, Download, Moment
+from lightllm.device.base import ApproachedMoment, Device, Download, Moment, PastMoment
 from lightllm.device.kv_pool import KVPool
 from lightllm.messages import ScheduledBatch, StepOutput, TokenLogprobs
 from lightllm.models.base import Model
@@ -26,6 +26,26 @@ from lightllm.worker.prompt_graphs import PromptGraphs
 from lightllm.worker.token_choice import OwnChoice, TokenChoice
 
 NO_SLOTS = np.empty((0, 0), dtype=np.int32)
+
+
+class _Written:
+    """When the KV of a step is written, to be waited for asleep up to the last layer.
+
+    Attributes:
+        moment: see LaunchedStep.kv_written.
+    """
+
+    def __init__(self, device: Device, num_layers: int) -> None:
+        self.moment: Moment | None = None
+        self._near: Moment = PastMoment()
+        self._device, self._num_layers = device, num_layers
+
+    def note(self, layer: int) -> None:
+        """This layer has called for its KV to be written."""
+        if layer == self._num_layers - 2:
+            self._near = self._device.mark()
+        elif layer == self._num_layers - 1:
+            self.moment = ApproachedMoment(self._near, self._device.mark(is_urgent=True))
 
 
 class DeviceRunner(Runner):
@@ -71,7 +91,7 @@ class DeviceRunner(Runner):
         tensors = None if self.graphs is None else self.graphs.tensors_for(batch)
         prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
         sample: DeviceSample | None = None
-        written: list[Moment] = []
+        kv_written: Moment | None = None
         if tensors is not None and self.graphs is not None:
             inputs = self.tables.inputs(batch, tensors)
             logits = self.graphs.run(tensors)
@@ -79,7 +99,7 @@ class DeviceRunner(Runner):
             sample = self._sample(logits[: len(lines)], inputs, lines)
             self.graphs.capture_next()
         else:
-            inputs, hidden = self._forward(batch, written)
+            inputs, hidden, kv_written = self._forward(batch)
             lines = [i for i, is_sampling in enumerate(batch.is_sampling) if is_sampling]
             if lines:
                 sample = self._sample_eagerly(hidden, inputs, lines)
@@ -93,26 +113,21 @@ class DeviceRunner(Runner):
         download = self.device.download(*fetched)
         return LaunchedStep(
             partial(self._collect, batch, lines, sample, download, prompt_logprobs, started_s),
-            written[0] if written else None,
+            kv_written,
         )
 
-    def _forward(self, batch: ScheduledBatch, written: list[Moment]) -> tuple[StepInputs, Tensor]:
-        """The inputs of a step that no decode graph computes, and its hidden states.
-
-        Args:
-            written: gets LaunchedStep.kv_written, where somebody waits for it and no graph keeps it inside.
-        """
+    def _forward(self, batch: ScheduledBatch) -> tuple[StepInputs, Tensor, Moment | None]:
+        """The inputs of a step that no decode graph computes, its hidden states, LaunchedStep.kv_written."""
         if self.prompt_graphs is not None:
             size = self.prompt_graphs.size_for(batch)
             if size is not None:
-                return self.prompt_graphs.run(batch, size)
+                return *self.prompt_graphs.run(batch, size), None
         inputs = self.tables.inputs(batch)
         is_sent = any(not order.is_computed for order in batch.kv_sends)
-        note = partial(self._mark, written) if is_sent else None
-        return inputs, forward(self.model, self.backend, self.kv_pool, inputs, NO_SLOTS, note)
-
-    def _mark(self, written: list[Moment]) -> None:
-        written.append(self.device.mark(is_urgent=True))
+        written = _Written(self.device, self.model.config.num_hidden_layers)
+        note = written.note if is_sent else None
+        hidden = forward(self.model, self.backend, self.kv_pool, inputs, NO_SLOTS, note)
+        return inputs, hidden, written.moment
 
     def _sample(self, logits: Tensor, inputs: StepInputs, lines: list[int]) -> DeviceSample:
         """Sample for all sequences of the batch."""

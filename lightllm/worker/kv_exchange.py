@@ -65,17 +65,18 @@ class ExchangingRunner(Runner):
             free = self.device.mark()
             for order in batch.kv_recvs:
                 self.transport.receive(order, free)
-        self._send([order for order in batch.kv_sends if order.is_computed])
+        computed = [order for order in batch.kv_sends if order.is_computed]
+        others = [order for order in batch.kv_sends if not order.is_computed]
+        if computed:
+            self._send(computed, self.device.mark())
         step = self.runner.launch(batch)
-        self._send([order for order in batch.kv_sends if not order.is_computed], step.kv_written)
+        if others:
+            self._send(others, step.kv_written or self.device.mark(is_urgent=True))
         return LaunchedStep(partial(self._collect, step, batch))
 
-    def _send(self, orders: list[KVTransferOrder], written: Moment | None = None) -> None:
-        """Hand on orders whose KV is written at that moment; None: when all is done that was called for."""
-        if orders:
-            written = written or self.device.mark(is_urgent=True)
-            for order in orders:
-                self.transport.send(order, written)
+    def _send(self, orders: list[KVTransferOrder], written: Moment) -> None:
+        for order in orders:
+            self.transport.send(order, written)
 
     def _collect(self, step: LaunchedStep, batch: ScheduledBatch) -> StepOutput:
         """Take the result of a step; the KV that led to its tokens may be on its way already."""

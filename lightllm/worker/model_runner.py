@@ -157,7 +157,7 @@ def forward(
     kv_pool: KVPool,
     inputs: StepInputs,
     slot_table: np.ndarray,
-    on_kv_written: Callable[[], None] | None = None,
+    on_kv_written: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Plan and compute a step's hidden states: [num_tokens, hidden].
 

@@ -155,19 +155,20 @@ def test_decoding_alone_equals_decoding_together(architecture: str) -> None:
 
 @pytest.mark.parametrize("backend", ["torch", "native"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_all_kv_of_a_step_is_written_when_that_is_said(architecture: str, backend: str) -> None:
+def test_the_kv_of_each_layer_is_written_when_that_is_said(architecture: str, backend: str) -> None:
     oracle = make_oracle(architecture)
     sequences = Sequences(load(config_of(oracle), source_of(oracle), backend=backend), prompts())
     storage = sequences.pool.storage.fill_(0)  # what nobody has written may be no number
-    written: list[torch.Tensor] = []
-    sequences.on_kv_written = lambda: written.append(storage.clone())
+    written: list[tuple[int, torch.Tensor]] = []
+    sequences.on_kv_written = lambda layer: written.append((layer, storage.clone()))
     for counts in ({0: 20, 2: 25}, {0: 1, 3: 12}):
         before = storage.clone()
         sequences.step(counts)
-        (then,) = written
+        for layer, then in written:
+            assert torch.equal(then[:, : layer + 1], storage[:, : layer + 1])
+            assert not torch.equal(then[:, layer], before[:, layer])
+        assert [layer for layer, _ in written] == list(range(storage.shape[1]))
         written.clear()
-        assert torch.equal(then, storage)
-        assert not torch.equal(then[:, -1], before[:, -1])
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -164,7 +164,7 @@ class Sequences:
         self.model = model
         self.token_ids = token_ids
         self.num_computed = [0] * len(token_ids)
-        self.on_kv_written: Callable[[], None] | None = None
+        self.on_kv_written: Callable[[int], None] | None = None
         self.pool = KVPool(model.config, NUM_SLOTS, dtype)
         slots = 1 + torch.randperm(NUM_SLOTS - 1, generator=torch.Generator().manual_seed(1))
         self.slot_table = np.zeros((len(token_ids), MAX_LEN), dtype=np.int32)
