@@ -13,6 +13,7 @@ import importlib
 import logging
 import threading
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import ClassVar, NamedTuple
 
@@ -86,16 +87,30 @@ class SendingEnd(ABC):
 
 
 class ReceivingEnd(ABC):
-    """The receiver's end, for one transfer."""
+    """The receiver's end, for one transfer.
+
+    Attributes:
+        depth: so many blocks may be pulled before the oldest of them is unpacked.
+    """
+
+    depth: ClassVar[int] = 1
 
     @abstractmethod
     def pull(self, channel: Channel, block: Block, size: int, limit_s: float) -> None:
-        """Get the `size` bytes of an announced block, as far as that touches no slots.
+        """Get the `size` bytes of an announced block, or begin to, as far as that touches no slots.
 
         Raises:
             KVTransferError: they do not come.
             LinkBroken: the frame's `fields` are not what the lane's sender says.
         """
+
+    def arrive(self, channel: Channel, limit_s: float) -> None:
+        """Wait for the bytes of the oldest block that is pulled and not unpacked.
+
+        Raises:
+            KVTransferError: they do not come.
+        """
+        return
 
     def prepare(self, slots: np.ndarray) -> None:
         """The block that was pulled last will be unpacked into these slots: do what touches none of them."""
@@ -103,9 +118,9 @@ class ReceivingEnd(ABC):
 
     @abstractmethod
     def unpack(self, slots: np.ndarray) -> None:
-        """Write the block that was pulled last into slots, [n] int64; returns when that is done.
+        """Write the oldest block that is pulled into slots, [n] int64; returns when that is done.
 
-        Called while the slots are held. Afterwards the block is acknowledged.
+        Called while the slots are held, and its bytes have arrived. Afterwards the block is acknowledged.
         """
 
     @abstractmethod
@@ -194,18 +209,17 @@ class StagedReceiver(ReceivingEnd):
     def __init__(self, lane: Lane, cut: Cut) -> None:
         self.lane = lane
         self.cut = cut
-        self._fetched: Tensor | None = None
+        self._fetched: deque[Tensor] = deque()
 
     @abstractmethod
     def fetch(self, channel: Channel, block: Block, size: int, limit_s: float) -> Tensor:
         """The bytes of an announced block: uint8 [size], contiguous, good until it is acknowledged."""
 
     def pull(self, channel: Channel, block: Block, size: int, limit_s: float) -> None:
-        self._fetched = self.fetch(channel, block, size, limit_s)
+        self._fetched.append(self.fetch(channel, block, size, limit_s))
 
     def unpack(self, slots: np.ndarray) -> None:
-        assert self._fetched is not None, "a block is pulled first"
-        self.cut.rows.unpack(slots, self._fetched)
+        self.cut.rows.unpack(slots, self._fetched.popleft())
 
 
 class Lanes:
