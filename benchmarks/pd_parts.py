@@ -245,7 +245,7 @@ async def _sensitivity(bench: Bench, single: Entry) -> float | None:
 
 
 async def ttft(bench: Bench, entry: Entry) -> None:
-    """Prompts one by one: time to the first token, and from it to the second."""
+    """Prompts one by one: time to the first token, from it to the second, and to the third."""
     for length in bench.sizes.ttft_lengths:
         moved = await Transfers.begin(bench.decode) if bench.decode is not None else None
         prompts = bench.prompts("ttft", bench.sizes.ttft_count, length)
@@ -258,6 +258,7 @@ async def ttft(bench: Bench, entry: Entry) -> None:
             "min_ms": in_ms([record.ttft_s for record in whole], 0),
             "max_ms": in_ms([record.ttft_s for record in whole], 100),
             "second_token_p50_ms": in_ms([record.gaps_s[0] for record in whole], 50),
+            "third_token_p50_ms": in_ms([record.gaps_s[1] for record in whole], 50),
         }
         if moved is not None:
             found["transfers"] = await moved.end()

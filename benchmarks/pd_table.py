@@ -69,8 +69,9 @@ def _ttft(pd: dict[str, Any], single: dict[str, Any]) -> list[Row]:
         ours, theirs = pd.get(length, {}), single.get(length, {})
         a, b = ours.get("p50_ms"), theirs.get("p50_ms")
         rows.append((f"TTFT p50, {length} tokens", _ms(a), _ms(b), _ratio(a, b), f"<= {TTFT_RATIO:.2f}"))
-        a, b = ours.get("second_token_p50_ms"), theirs.get("second_token_p50_ms")
-        rows.append((f"  second token behind it, {length}", _ms(a), _ms(b), "", ""))
+        for name in ("second", "third"):
+            a, b = ours.get(f"{name}_token_p50_ms"), theirs.get(f"{name}_token_p50_ms")
+            rows.append((f"  {name} token behind it, {length}", _ms(a), _ms(b), "", ""))
     return rows
 
 

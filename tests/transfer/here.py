@@ -1,4 +1,4 @@
-"""Lanes between two nodes of this process: slots that the receiver reads itself, as by p2p; staging memory."""
+"""Lanes between two nodes of this process: slots read in place, as by p2p; and staging memory."""
 
 from collections import deque
 
