@@ -13,7 +13,6 @@ import importlib
 import logging
 import threading
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import ClassVar, NamedTuple
 
@@ -87,30 +86,16 @@ class SendingEnd(ABC):
 
 
 class ReceivingEnd(ABC):
-    """The receiver's end, for one transfer.
-
-    Attributes:
-        depth: so many blocks may be pulled before the oldest of them is unpacked.
-    """
-
-    depth: ClassVar[int] = 1
+    """The receiver's end, for one transfer."""
 
     @abstractmethod
     def pull(self, channel: Channel, block: Block, size: int, limit_s: float) -> None:
-        """Get the `size` bytes of an announced block, or begin to, as far as that touches no slots.
+        """Get the `size` bytes of an announced block, as far as that touches no slots.
 
         Raises:
             KVTransferError: they do not come.
             LinkBroken: the frame's `fields` are not what the lane's sender says.
         """
-
-    def arrive(self, channel: Channel, limit_s: float) -> None:
-        """Wait for the bytes of the oldest block that is pulled and not unpacked.
-
-        Raises:
-            KVTransferError: they do not come.
-        """
-        return
 
     def prepare(self, slots: np.ndarray) -> None:
         """The block that was pulled last will be unpacked into these slots: do what touches none of them."""
@@ -118,9 +103,9 @@ class ReceivingEnd(ABC):
 
     @abstractmethod
     def unpack(self, slots: np.ndarray) -> None:
-        """Write the oldest block that is pulled into slots, [n] int64; returns when that is done.
+        """Write the block that was pulled last into slots, [n] int64; returns when that is done.
 
-        Called while the slots are held, and its bytes have arrived. Afterwards the block is acknowledged.
+        Called while the slots are held. Afterwards the block is acknowledged.
         """
 
     @abstractmethod
@@ -209,17 +194,18 @@ class StagedReceiver(ReceivingEnd):
     def __init__(self, lane: Lane, cut: Cut) -> None:
         self.lane = lane
         self.cut = cut
-        self._fetched: deque[Tensor] = deque()
+        self._fetched: Tensor | None = None
 
     @abstractmethod
     def fetch(self, channel: Channel, block: Block, size: int, limit_s: float) -> Tensor:
         """The bytes of an announced block: uint8 [size], contiguous, good until it is acknowledged."""
 
     def pull(self, channel: Channel, block: Block, size: int, limit_s: float) -> None:
-        self._fetched.append(self.fetch(channel, block, size, limit_s))
+        self._fetched = self.fetch(channel, block, size, limit_s)
 
     def unpack(self, slots: np.ndarray) -> None:
-        self.cut.rows.unpack(slots, self._fetched.popleft())
+        assert self._fetched is not None, "a block is pulled first"
+        self.cut.rows.unpack(slots, self._fetched)
 
 
 class Lanes:

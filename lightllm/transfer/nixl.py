@@ -9,9 +9,7 @@ import importlib.metadata
 import importlib.util
 import logging
 import threading
-from collections import deque
 from pathlib import Path
-from typing import ClassVar
 
 import msgspec
 import numpy as np
@@ -30,7 +28,7 @@ from lightllm.transfer.lane import (
     StagedReceiver,
     StagedSender,
 )
-from lightllm.transfer.nixl_agent import Agent, Memory, Place, Read
+from lightllm.transfer.nixl_agent import Agent, Memory, Place
 from lightllm.transfer.plan import KVRows
 
 logger = logging.getLogger(__name__)
@@ -152,13 +150,10 @@ class _Sender(StagedSender):
 
 
 class _Receiver(StagedReceiver):
-    depth: ClassVar[int] = 2  # one is read while another is unpacked
-
     def __init__(self, lane: NixlLane, cut: Cut, agent: Agent) -> None:
         super().__init__(lane, cut)
         self._agent = agent
-        self._memory = [agent.take(lane.block_bytes)]
-        self._reads: deque[Read] = deque()
+        self._memory = agent.take(lane.block_bytes)
         self._source: Place | None = None
 
     def fetch(self, channel: Channel, block: Block, size: int, limit_s: float) -> Tensor:
@@ -169,18 +164,9 @@ class _Receiver(StagedReceiver):
                 raise LinkBroken(f"a place that does not belong here: {error}") from error
         if self._source is None:
             raise LinkBroken("a block whose place was not said")
-        if len(self._memory) < min(block.index + 1, self.depth):
-            self._memory.append(self._agent.take(self.lane.block_bytes))
         offset = block.index % WINDOW * self.cut.block_bytes
-        memory = self._memory[block.index % self.depth]
-        self._reads.append(self._agent.begin(self._source, offset, memory, size))
-        return memory.data[:size]
-
-    def arrive(self, channel: Channel, limit_s: float) -> None:
-        self._agent.wait(self._reads.popleft(), channel, limit_s)
+        self._agent.read(self._source, offset, self._memory, size, channel, limit_s)
+        return self._memory.data[:size]
 
     def close(self) -> None:
-        for read in self._reads:
-            self._agent.abandon(read)
-        for memory in self._memory:
-            self._agent.give_back(memory)
+        self._agent.give_back(self._memory)

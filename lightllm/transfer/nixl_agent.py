@@ -17,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 import torch
@@ -64,14 +64,6 @@ class Memory:
         self.place = place
         self.unended: tuple[Any, str] | None = None
         self.is_back = False
-
-
-class Read(NamedTuple):
-    """One that was begun: the library's request, where its bytes go, and the name of the peer's agent."""
-
-    request: Any
-    memory: Memory
-    peer: str
 
 
 class Agent:
@@ -132,64 +124,45 @@ class Agent:
             if memory.unended is None:
                 self._free[len(memory.data)].append(memory)
 
-    def begin(self, source: Place, offset: int, memory: Memory, size: int) -> Read:
-        """Begin to read from a peer's memory into the beginning of ours; to be waited for, or abandoned.
-
-        Raises:
-            KVTransferError: the peer is gone.
-        """
-        with self._changed:
-            self._check_open()
-            self._num_reading += 1
-        try:
-            with self._calling(source.agent):
-                with self._changed:
-                    self._meet(source)
-                own, other = self._kind(memory.place), self._kind(source)
-                request = self._agent.createXferReq(
-                    self._lib.NIXL_READ,
-                    self._lib.nixlXferDList(own, [(memory.place.address, size, memory.place.device)]),
-                    self._lib.nixlXferDList(other, [(source.address + offset, size, source.device)]),
-                    source.agent,
-                    b"",
-                    [self._backend],
-                )
-                with self._releasing(request):
-                    self._agent.postXferReq(request, b"")
-        except KVTransferError:
-            self._end_reading()
-            raise
-        return Read(request, memory, source.agent)
-
-    def wait(self, read: Read, channel: Channel, limit_s: float) -> None:
-        """Wait until all is here; gives up when the channel is cut.
+    def read(
+        self, source: Place, offset: int, memory: Memory, size: int, channel: Channel, limit_s: float
+    ) -> None:
+        """Read from a peer's memory into the beginning of ours; gives up when the channel is cut.
 
         Raises:
             KVTransferError: the peer is gone, or it takes too long.
         """
-        until_s = time.monotonic() + limit_s
-        try:
-            with self._calling(read.peer), self._releasing(read.request):
-                while self._agent.getXferStatus(read.request) == self._lib.NIXL_IN_PROG:
-                    is_cut, is_late = _is_cut(channel), time.monotonic() > until_s
-                    if is_cut or is_late:
-                        self._abandon(read)
-                        text = (
-                            "the peer has closed the connection"
-                            if is_cut
-                            else f"nothing came for {limit_s:g} s"
-                        )
-                        fault = "peer_lost" if is_cut else "peer_silent"
-                        raise KVTransferError(f"reading by NIXL: {text}", fault=fault)
-                    time.sleep(POLL_S)
-            self._agent.releaseXferReq(read.request)
-        finally:
-            self._end_reading()
+        with self._reading(source):
+            own, other = self._kind(memory.place), self._kind(source)
+            request = self._agent.createXferReq(
+                self._lib.NIXL_READ,
+                self._lib.nixlXferDList(own, [(memory.place.address, size, memory.place.device)]),
+                self._lib.nixlXferDList(other, [(source.address + offset, size, source.device)]),
+                source.agent,
+                b"",
+                [self._backend],
+            )
+            try:
+                self._await_read(request, source, memory, channel, limit_s)
+            except self._errors:
+                with contextlib.suppress(*self._errors):
+                    self._agent.releaseXferReq(request)
+                raise
+            self._agent.releaseXferReq(request)
 
-    def abandon(self, read: Read) -> None:
-        """Nobody waits for it any more; it may go on."""
-        self._abandon(read)
-        self._end_reading()
+    def _await_read(
+        self, request: Any, source: Place, memory: Memory, channel: Channel, limit_s: float
+    ) -> None:
+        status, until_s = self._agent.postXferReq(request, b""), time.monotonic() + limit_s
+        while status == self._lib.NIXL_IN_PROG:
+            is_cut, is_late = _is_cut(channel), time.monotonic() > until_s
+            if is_cut or is_late:
+                self._abandon(memory, request, source.agent)
+                text = "the peer has closed the connection" if is_cut else f"nothing came for {limit_s:g} s"
+                fault = "peer_lost" if is_cut else "peer_silent"
+                raise KVTransferError(f"reading by NIXL: {text}", fault=fault)
+            time.sleep(POLL_S)
+            status = self._agent.getXferStatus(request)
 
     def close(self) -> None:
         """Stop the library; transfers have been interrupted.
@@ -268,38 +241,33 @@ class Agent:
     # ------------------------------------------------------------ without
 
     @contextmanager
-    def _calling(self, peer: str) -> Iterator[None]:
-        """Call the library; its errors become ours, and a peer that has gone is forgotten."""
+    def _reading(self, source: Place) -> Iterator[None]:
+        """Meet a peer to read from; the library's errors become ours, and one that has gone is forgotten."""
+        with self._changed:
+            self._check_open()
+            self._num_reading += 1
         try:
             self._use_device()
+            with self._changed:
+                self._meet(source)
             yield
         except self._errors as error:
             is_gone = isinstance(error, self._lib.nixlRemoteDisconnectError)
             if is_gone:
                 with self._changed:
-                    self._forget(peer)
+                    self._forget(source.agent)
             fault = "peer_lost" if is_gone else "other"
             raise KVTransferError(f"reading by NIXL: {error}", fault=fault) from error
+        finally:
+            with self._changed:
+                self._num_reading -= 1
+                self._changed.notify_all()
 
-    @contextmanager
-    def _releasing(self, request: Any) -> Iterator[None]:
-        """Let a request go that the library fails at."""
-        try:
-            yield
-        except self._errors:
-            with contextlib.suppress(*self._errors):
-                self._agent.releaseXferReq(request)
-            raise
-
-    def _end_reading(self) -> None:
+    def _abandon(self, memory: Memory, request: Any, peer: str) -> None:
+        """Nobody waits for a read any more, which may go on."""
         with self._changed:
-            self._num_reading -= 1
-            self._changed.notify_all()
-
-    def _abandon(self, read: Read) -> None:
-        with self._changed:
-            read.memory.unended = read.request, read.peer
-            self._unended.append(read.memory)
+            memory.unended = request, peer
+            self._unended.append(memory)
 
     def _kind(self, place: Place) -> Any:
         return self._lib.DRAM_SEG if place.is_host else self._lib.VRAM_SEG
@@ -327,11 +295,6 @@ def _load(package: str) -> Any:
     chatty.propagate = True
     chatty.setLevel(logging.WARNING)
     return library
-
-
-def _given_up(is_cut: bool, limit_s: float) -> KVTransferError:
-    text = "the peer has closed the connection" if is_cut else f"nothing came for {limit_s:g} s"
-    return KVTransferError(f"reading by NIXL: {text}", fault="peer_lost" if is_cut else "peer_silent")
 
 
 def _is_cut(channel: Channel) -> bool:

@@ -6,7 +6,6 @@ them: whoever gives the hold up knows that no byte can land any more, whatever t
 
 import threading
 import time
-from collections import deque
 
 import numpy as np
 
@@ -99,7 +98,6 @@ class Intake:
         self._chunks: list[tuple[int, int]] = []
         self._num_there = 0
         self._ahead: Block | None = None
-        self._pulled: deque[Block] = deque()
         self._digest = b""
         self._owes_ack = False
         self._idle_s = 0.0
@@ -115,9 +113,6 @@ class Intake:
         self._last_s = hold.began_s
         try:
             while True:
-                if len(self._pulled) == end.depth or (self._pulled and not channel.has_news(0.0)):
-                    self._take(channel, end, cut, self._pulled.popleft())
-                    continue
                 self._acknowledge(channel)
                 match channel.receive(frames.FromSender, node.limits.silence_s):
                     case Block() as block if self._ahead is None:
@@ -126,12 +121,12 @@ class Intake:
                         if block.is_ahead:
                             self._ahead = block
                         else:
-                            self._pulled.append(block)
+                            self._take(end, cut, block)
                     case Ready(waited_s=waited_s) if self._ahead is not None:
                         self._note_idle(waited_s)
-                        self._pulled.append(self._ahead)
+                        self._take(end, cut, self._ahead)
                         self._ahead = None
-                    case Complete() as complete if self._ahead is None and not self._pulled:
+                    case Complete() as complete if self._ahead is None:
                         if self._is_vouched(channel, complete):
                             self._note_idle(complete.waited_s)
                             self._accept(channel, complete)
@@ -154,14 +149,12 @@ class Intake:
         self._idle_s += min(waited_s, time.monotonic() - self._last_s)
 
     def _slots_of(self, block: Block) -> np.ndarray:
-        first = block.start - self.receipt.start
-        return self.receipt.slots[first : first + block.count]
+        return self.receipt.slots[self._num_there : self._num_there + block.count]
 
     def _expect(self, channel: Channel, end: ReceivingEnd, cut: Cut, block: Block) -> None:
         """Get the next block as far as that touches no slots."""
         receipt = self.receipt
-        first = sum(count for _, count in self._chunks)
-        stop = first + block.count
+        first, stop = self._num_there, self._num_there + block.count
         is_next = block.index == len(self._chunks) and block.start == receipt.start + first
         if not is_next or not 1 <= block.count <= cut.tokens_per_block or stop > len(receipt.slots):
             raise LinkBroken(
@@ -176,17 +169,15 @@ class Intake:
             self._agreed()
         receipt.free.wait()
 
-    def _take(self, channel: Channel, end: ReceivingEnd, cut: Cut, block: Block) -> None:
-        """Write a block into its slots, once its bytes are here."""
+    def _take(self, end: ReceivingEnd, cut: Cut, block: Block) -> None:
+        """Write a block that has been got into its slots."""
         receipt = self.receipt
-        end.arrive(channel, receipt.node.limits.silence_s)
         with receipt.hold.touching():
             end.unpack(self._slots_of(block))
         self._num_there += block.count
         self._last_s = time.monotonic()
         receipt.hold.moved(block.count * cut.rows.token_bytes)
         self._owes_ack = True
-        self._acknowledge(channel)
 
     def _acknowledge(self, channel: Channel) -> None:
         """Acknowledge a block, unless all is here with a frame behind it: the last word has an answer."""

@@ -1,12 +1,10 @@
-"""Lanes between two nodes of this process: slots read in place, as by p2p; and staging memory."""
-
-from collections import deque
+"""A lane between two nodes of this process: the receiver reads the sender's slots itself, as by p2p."""
 
 import msgspec
 import numpy as np
 import torch
 
-from lightllm.transfer.lane import WINDOW, Lane, ReceivingEnd, SendingEnd, StagedReceiver, StagedSender
+from lightllm.transfer.lane import Lane, ReceivingEnd, SendingEnd
 
 
 class HereLane(Lane):
@@ -63,68 +61,3 @@ class _Receiver(ReceivingEnd):
 
     def close(self):
         return
-
-
-class TwoAtOnceLane(Lane):
-    """A lane with staging memory whose receiver has two blocks on their way, and reads each late.
-
-    Attributes:
-        events: what its receivers did, with the number of the block.
-    """
-
-    LANES: list["TwoAtOnceLane"] = []
-
-    def __init__(self, rows, block_bytes=None):
-        super().__init__(rows, block_bytes)
-        self.LANES.append(self)
-        self.senders = []
-        self.events = []
-
-    def open_sender(self):
-        self.senders.append(_StagedHere(self))
-        return self.senders[-1]
-
-    def open_receiver(self, fields, cut):
-        lane, sender = msgspec.msgpack.decode(fields)
-        return _TwoAtOnce(self, cut, self.LANES[lane].senders[sender])
-
-
-class _StagedHere(StagedSender):
-    def __init__(self, lane):
-        super().__init__(lane)
-        self.memory = torch.empty(WINDOW, lane.block_bytes, dtype=torch.uint8)
-
-    def offer(self):
-        return msgspec.msgpack.encode((self.lane.LANES.index(self.lane), self.lane.senders.index(self)))
-
-    def staging(self, index):
-        return self.memory[index % WINDOW]
-
-    def push(self, channel, index, size, limit_s):
-        return
-
-    def close(self):
-        return
-
-
-class _TwoAtOnce(StagedReceiver):
-    depth = 2
-
-    def __init__(self, lane, cut, sender):
-        super().__init__(lane, cut)
-        self.sender = sender
-        self.memory = torch.empty(self.depth, lane.block_bytes, dtype=torch.uint8)
-        self.blocks = deque()
-
-    def fetch(self, channel, block, size, limit_s):
-        self.lane.events.append(("pull", block.index))
-        self.blocks.append((block.index, size))
-        return self.memory[block.index % self.depth, :size]
-
-    def arrive(self, channel, limit_s):
-        index, size = self.blocks.popleft()
-        self.memory[index % self.depth, :size] = self.sender.memory[index % WINDOW, :size]
-        self.lane.events.append(("arrive", index))
-
-    def close(self):
-        self.lane.events.append(("left", len(self.blocks)))

@@ -251,49 +251,16 @@ def ends():
     other.close()
 
 
-def read(agent, peer, memory, channel, limit_s, *, size=SIZE, offset=0):
-    agent.wait(agent.begin(peer.place, offset, memory, size), channel, limit_s)
-
-
-@needs_nixl
-def test_several_reads_may_go_on(agent, peer, ends):
-    memories = [agent.take(SIZE) for _ in range(3)]
-    for memory in memories:
-        memory.data.zero_()
-    reads = [agent.begin(peer.place, 0, memory, SIZE) for memory in memories]
-    for one in reads:
-        agent.wait(one, ends[0], 5)
-    assert all(memory.data.eq(VALUE).all() for memory in memories)
-
-
-@needs_nixl
-def test_the_memory_of_a_read_that_nobody_waits_for_is_used_again_once_it_has_ended(agent, peer, ends):
-    memory = agent.take(SIZE)
-    read(agent, peer, memory, ends[0], 5)
-    peer.freeze()
-    agent.abandon(agent.begin(peer.place, 0, memory, SIZE))
-    agent.give_back(memory)
-    assert agent.take(SIZE) is not memory
-    peer.process.send_signal(signal.SIGCONT)
-    end = time.monotonic() + 5
-    while agent.take(SIZE) is not memory:
-        assert time.monotonic() < end
-        time.sleep(0.01)
-    before = num_threads()
-    agent.close()  # it waits for nobody
-    assert num_threads() < before
-
-
 @needs_nixl
 def test_a_frozen_peer_is_given_up_and_its_bytes_find_nobody(agent, peer, ends):
     memory, channel = agent.take(SIZE), ends[0]
-    read(agent, peer, memory, channel, 5, size=1000)
+    agent.read(peer.place, 0, memory, 1000, channel, 5)
     assert memory.data[:1000].eq(VALUE).all()
     memory.data.zero_()
     peer.freeze()
     begun = time.monotonic()
     with pytest.raises(KVTransferError, match=r"nothing came for 0\.5 s"):
-        read(agent, peer, memory, channel, 0.5)
+        agent.read(peer.place, 0, memory, SIZE, channel, 0.5)
     assert time.monotonic() - begun < 2
     agent.give_back(memory)
     other = agent.take(SIZE)
@@ -313,13 +280,13 @@ def test_a_frozen_peer_is_given_up_and_its_bytes_find_nobody(agent, peer, ends):
 @needs_nixl
 def test_a_killed_peer_is_noticed_at_once_and_its_memory_is_used_again(agent, peer, ends):
     memory, channel = agent.take(SIZE), ends[0]
-    read(agent, peer, memory, channel, 5)
+    agent.read(peer.place, 0, memory, SIZE, channel, 5)
     peer.freeze()
     threading.Timer(0.3, peer.process.kill).start()
     begun = time.monotonic()
     for _ in range(2):
         with pytest.raises(KVTransferError, match="reading by NIXL: "):
-            read(agent, peer, memory, channel, 10)
+            agent.read(peer.place, 0, memory, SIZE, channel, 10)
     assert time.monotonic() - begun < 3
     agent.give_back(memory)
     assert agent.take(SIZE) is memory
@@ -328,12 +295,12 @@ def test_a_killed_peer_is_noticed_at_once_and_its_memory_is_used_again(agent, pe
 @needs_nixl
 def test_a_read_ends_with_its_connection(agent, peer, ends):
     memory, (channel, other) = agent.take(SIZE), ends
-    read(agent, peer, memory, channel, 5, size=1)
+    agent.read(peer.place, 0, memory, 1, channel, 5)
     peer.freeze()
     threading.Timer(0.3, lambda: other.shutdown(socket.SHUT_RDWR)).start()
     begun = time.monotonic()
     with pytest.raises(KVTransferError, match="has closed the connection"):
-        read(agent, peer, memory, channel, 10)
+        agent.read(peer.place, 0, memory, SIZE, channel, 10)
     assert time.monotonic() - begun < 2
 
 
@@ -341,21 +308,21 @@ def test_a_read_ends_with_its_connection(agent, peer, ends):
 def test_memory_that_the_peer_does_not_have_is_an_error(agent, peer, ends):
     memory = agent.take(SIZE)
     with pytest.raises(KVTransferError, match="reading by NIXL: "):
-        read(agent, peer, memory, ends[0], 5, offset=1)
-    read(agent, peer, memory, ends[0], 5)
+        agent.read(peer.place, 1, memory, SIZE, ends[0], 5)
+    agent.read(peer.place, 0, memory, SIZE, ends[0], 5)
     assert memory.data.eq(VALUE).all()
 
 
 @needs_nixl
 def test_closing_ends_its_threads_and_all_that_it_serves(agent, peer, ends):
     memory, before = agent.take(SIZE), num_threads()
-    read(agent, peer, memory, ends[0], 5)
+    agent.read(peer.place, 0, memory, SIZE, ends[0], 5)
     agent.close()
     assert num_threads() < before
     with pytest.raises(KVTransferError, match="this node stops"):
         agent.take(SIZE)
     with pytest.raises(KVTransferError, match="this node stops"):
-        read(agent, peer, memory, ends[0], 5)
+        agent.read(peer.place, 0, memory, SIZE, ends[0], 5)
     agent.give_back(memory)
 
 
@@ -366,10 +333,10 @@ def num_threads() -> int:
 @needs_nixl
 def test_a_frozen_peer_survives_that_its_reader_closes(agent, peer, ends):
     memory, before = agent.take(SIZE), num_threads()
-    read(agent, peer, memory, ends[0], 5)
+    agent.read(peer.place, 0, memory, SIZE, ends[0], 5)
     peer.freeze()
     with pytest.raises(KVTransferError, match="nothing came"):
-        read(agent, peer, memory, ends[0], 0.2)
+        agent.read(peer.place, 0, memory, SIZE, ends[0], 0.2)
     agent.close()
     assert num_threads() >= before
     peer.process.send_signal(signal.SIGCONT)
