@@ -145,7 +145,7 @@ def timeline(rounds: list[list[tuple[float, str]]]) -> dict[str, int]:
         for name in names
         if sum(name in one for one in last) > len(last) // 2
     }
-    return {name: at for name, at in sorted(shown.items(), key=lambda item: item[1]) if at > 0}
+    return dict(sorted(shown.items(), key=lambda item: item[1]))
 
 
 def model_of(shape: str) -> ModelConfig:
