@@ -130,6 +130,7 @@ class Hold:
         self._changed = threading.Condition(self._lock)
         self._num_promises = 0
         self._kept_until_s = 0.0
+        self._is_failing = False
         self._has_begun = False
         self._is_over = False
         self._untold: KVTransfer | None = None
@@ -167,10 +168,10 @@ class Hold:
             Until when they are kept, in monotonic time.
 
         Raises:
-            KVTransferError: they are not ours any more.
+            KVTransferError: they are not ours any more, or will not be when earlier promises have ended.
         """
         with self._lock:
-            if self._is_over:
+            if self._is_over or self._is_failing:
                 raise KVTransferError(f"the transfer of {self.request_id} was given up here")
             self._num_promises += 1
             self._kept_until_s = time.monotonic() + limit_s
@@ -207,10 +208,11 @@ class Hold:
     def end(self, ending: KVArrival | KVFailure | str, fault: str = "") -> bool:
         """Give up the slots and report why; False if that has been done before.
 
-        A failure waits until no promise binds us.
+        A failure waits until no promise binds us; meanwhile none is made.
         """
         with self._changed:
             if isinstance(ending, KVFailure):
+                self._is_failing = True
                 limit_s = max(0.0, self._kept_until_s - time.monotonic())
                 self._changed.wait_for(lambda: self._is_over or not self._num_promises, limit_s)
             if self._is_over:

@@ -220,3 +220,19 @@ def test_nothing_is_promised_of_slots_that_are_given_up():
     assert hold.end(KVFailure(request_id="r", reason="x"), "other")
     with pytest.raises(KVTransferError, match="given up here"):
         hold.promise(1.0)
+
+
+def test_nothing_is_promised_while_a_failure_waits_for_another_promise():
+    hold, kept_s = Hold("r", Ledger(), "sent"), []
+
+    def promise():
+        with contextlib.suppress(KVTransferError):
+            kept_s.append(hold.promise(5.0))
+
+    hold.num_parts = 2
+    hold.promise(0.3)
+    threading.Timer(0.1, promise).start()
+    is_first, took_s = ended(hold, by_s=2.0)
+    assert is_first
+    assert took_s > 0.2
+    assert not kept_s, "slots are given up before the moment that a part has promised"
