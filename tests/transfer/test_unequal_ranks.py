@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 import multiprocessing
+import threading
 import time
 
 import msgspec
@@ -12,6 +13,7 @@ import pytest
 from lightllm.distributed.shares import kv_head_ranges
 from lightllm.errors import ConfigError
 from lightllm.messages import KVSource
+from lightllm.transfer import lane
 from lightllm.transfer.plan import parts
 from tests.transfer.nodes import LAYOUT, LIMITS, SOURCE_EPOCH, TARGET_EPOCH, End, Request, model_of
 from tests.transfer.remote import Nodes
@@ -257,3 +259,30 @@ def test_ranks_must_tell_the_same_first_token(make):
     source.ends[0].wait()
     source.ends[1].send(orders[-1], 43)
     assert "another rank has another first token" in target.endings()[0].failed[0].reason
+
+
+def test_no_rank_takes_what_another_ranks_promise_did_not_cover(make, monkeypatch):
+    """One sender, two receivers: the second begins while a cancellation waits for the first promise."""
+    monkeypatch.setattr(lane, "LANES", {**lane.LANES, "here": "tests.transfer.here:HereLane"})
+    limits = LIMITS._replace(kept_s=1.0, silence_s=5.0, ticket_s=3.0)
+    source = Group(make, ("here",), MANY, 1, epoch=SOURCE_EPOCH, seed=1, limits=limits)
+    target = Group(make, ("here",), MANY, 2, epoch=TARGET_EPOCH, seed=2, limits=limits)
+    (end,), request = source.ends, Request(5)
+    before = source.kv(request.source_slots)
+    first, second = (one.gate() for one in target.ends)
+    target.ends[0].receive(request.expected(), first)
+    source.send(request.orders(target.address()))
+    time.sleep(0.2)
+    cancelling = threading.Thread(target=end.cancel, args=("r",))
+    cancelling.start()
+    time.sleep(0.4)
+    target.ends[1].receive(request.expected(), second)
+    time.sleep(0.2)
+    target.ends[0].open(first)
+    cancelling.join(3)
+    assert end.wait().transfers
+    end.change(request.source_slots)
+    target.ends[1].open(second)
+    endings = target.endings()
+    if all(ending.received for ending in endings):
+        assert np.array_equal(target.kv(request.target_slots), before)
