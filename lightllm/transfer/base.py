@@ -217,18 +217,17 @@ class Hold:
                 self._changed.wait_for(lambda: self._is_over or not self._num_promises, limit_s)
             if self._is_over:
                 return False
+            self._untold = transfer = KVTransfer(
+                request_id=self.request_id,
+                direction=self.direction,
+                transport=self.lane or "none",
+                fault=fault,
+                num_bytes=self.num_bytes,
+                duration_s=time.monotonic() - self.began_s - min(self._idle_s, default=0.0),
+            )
+            self._ledger.note(ending, transfer)  # before anybody can see that it is over, who then polls
             self._is_over = True
             self._changed.notify_all()
-        transfer = KVTransfer(
-            request_id=self.request_id,
-            direction=self.direction,
-            transport=self.lane or "none",
-            fault=fault,
-            num_bytes=self.num_bytes,
-            duration_s=time.monotonic() - self.began_s - min(self._idle_s, default=0.0),
-        )
-        self._untold = transfer
-        self._ledger.note(ending, transfer)
         return True
 
     def log(self) -> None:

@@ -236,3 +236,21 @@ def test_nothing_is_promised_while_a_failure_waits_for_another_promise():
     assert is_first
     assert took_s > 0.2
     assert not kept_s, "slots are given up before the moment that a part has promised"
+
+
+class SlowLedger(Ledger):
+    """One whose caller loses the processor at the wrong moment."""
+
+    def note(self, ending, transfer):
+        time.sleep(0.1)
+        super().note(ending, transfer)
+
+
+def test_who_hears_that_it_is_over_finds_its_ending():
+    ledger = SlowLedger()
+    hold = Hold("r", ledger, "sent")
+    hold.promise(5.0)
+    threading.Timer(0.05, hold.end_part, args=("r", 0.0)).start()
+    is_first, _ = ended(hold, by_s=2.0)
+    assert not is_first
+    assert ledger.take().sent == ["r"]
