@@ -102,6 +102,7 @@ class Intake:
         self._owes_ack = False
         self._idle_s = 0.0
         self._last_s = 0.0
+        self._since_s = 0.0
 
     def run(self, channel: Channel, end: ReceivingEnd, cut: Cut) -> None:
         """Take blocks until the sender has completed; ends the hold, or its part of it.
@@ -110,7 +111,7 @@ class Intake:
             KVTransferError, LinkBroken: the transfer has failed; the hold's ending says why.
         """
         hold, node = self.receipt.hold, self.receipt.node
-        self._last_s = hold.began_s
+        self._last_s = self._since_s = hold.began_s
         try:
             while True:
                 self._acknowledge(channel)
@@ -146,7 +147,9 @@ class Intake:
 
         Called when the frame is there: what is done with it is no waiting.
         """
-        self._idle_s += min(waited_s, time.monotonic() - self._last_s)
+        idle_s = min(waited_s, time.monotonic() - self._since_s)
+        self._idle_s += idle_s
+        self._since_s += idle_s  # no time counts twice, whatever a peer says
 
     def _slots_of(self, block: Block) -> np.ndarray:
         return self.receipt.slots[self._num_there : self._num_there + block.count]
@@ -175,7 +178,7 @@ class Intake:
         with receipt.hold.touching():
             end.unpack(self._slots_of(block))
         self._num_there += block.count
-        self._last_s = time.monotonic()
+        self._last_s = self._since_s = time.monotonic()
         receipt.hold.moved(block.count * cut.rows.token_bytes)
         self._owes_ack = True
 
