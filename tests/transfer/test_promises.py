@@ -15,9 +15,10 @@ from lightllm.transfer import LANES, frames, lane
 from lightllm.transfer.base import Hold, Ledger
 from lightllm.transfer.frames import Accepted, Ack, Late, Rejected
 from lightllm.transfer.plan import digest
+from tests.transfer import here
 from tests.transfer.frame_proxy import LENGTH
 from tests.transfer.nodes import LAYOUT, SOURCE_EPOCH, TARGET_EPOCH, Request
-from tests.transfer.test_announced_blocks import COMPLETE, block, opened, said
+from tests.transfer.test_announced_blocks import COMPLETE, block, give_up, opened, said
 from tests.transfer.test_disturbed_links import LIMITS, check_right, ends, wait_until
 
 PATIENT = LIMITS._replace(silence_s=5.0, alive_s=0.5, kept_s=4.0)
@@ -126,6 +127,37 @@ def test_what_was_given_up_behind_the_promise_is_not_told_again():
         target.open(free)
         assert target.wait().failed
         assert len(last_words(proxy)) == 1
+
+
+def test_what_is_given_up_while_the_peer_is_late_is_not_told_again():
+    with ends("here", BRIEF) as (source, target, proxy):
+        request = Request(5)
+        free = promised(source, target, proxy, request)
+        give_up(source)
+        source.change(request.source_slots)
+        target.open(free)
+        assert target.wait().failed
+        assert "Late" in answers(proxy)
+        assert len(last_words(proxy)) == 1
+
+
+def test_the_time_of_the_copy_counts_for_the_promise(monkeypatch):
+    unpack = here._Receiver.unpack
+
+    def slowly(receiver, slots):
+        unpack(receiver, slots)
+        time.sleep(0.3)
+
+    monkeypatch.setattr(here._Receiver, "unpack", slowly)
+    with ends("here", BRIEF) as (source, target, proxy):
+        request = Request(5)
+        target.receive(request.expected())
+        (order,) = request.orders(proxy.address)
+        source.send(order, 42)
+        assert target.wait().received
+        assert source.wait().sent
+        check_right(source, target, request)
+        assert answers(proxy) == ["Choice", "Late", "Accepted"]
 
 
 def test_a_broken_connection_does_not_break_the_promise():
