@@ -56,14 +56,14 @@ class ApproachedMoment(Moment):
     """An urgent one that does not come before another one, until which threads sleep (`Device.mark`)."""
 
     def __init__(self, near: Moment, urgent: Moment) -> None:
-        self._near, self._urgent = near, urgent
+        self.near, self.urgent = near, urgent
 
     def wait(self) -> None:
-        self._near.wait()
-        self._urgent.wait()
+        self.near.wait()
+        self.urgent.wait()
 
     def is_past(self) -> bool:
-        return self._urgent.is_past()
+        return self.urgent.is_past()
 
 
 class Device(ABC):

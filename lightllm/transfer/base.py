@@ -177,6 +177,11 @@ class Hold:
             self._kept_until_s = time.monotonic() + limit_s
             return self._kept_until_s
 
+    def promise_no_more(self) -> None:
+        """A failure is to come: it need not wait for promises that are made from now on."""
+        with self._lock:
+            self._is_failing = True
+
     def keep_no_more(self) -> None:
         """The peer has answered: it reads no more."""
         with self._changed:
@@ -274,11 +279,12 @@ class Transport(ABC):
         """Tell the token that a request's last order was waiting for; nothing happens if it has ended."""
 
     @abstractmethod
-    def cancel(self, request_id: str) -> None:
-        """End a transfer as failed; nothing happens if there is none, or it has ended.
+    def cancel(self, *request_ids: str) -> None:
+        """End these transfers as failed; nothing happens where there is none, or it has ended.
 
-        When this returns its slots are not touched any more, and its ending waits for the next poll. Where a
-        peer may still read by a promise, that is waited for (`Limits.kept_s`); it may come through then.
+        When this returns their slots are not touched any more, and their endings wait for the next poll.
+        Where a peer may still read by a promise, that is waited for, for `Limits.kept_s` in all; it may come
+        through then.
         """
 
     def poll(self) -> Endings:
@@ -305,7 +311,7 @@ class NullTransport(Transport):
     def complete(self, request_id: str, first_token_id: int) -> None:
         return
 
-    def cancel(self, request_id: str) -> None:
+    def cancel(self, *request_ids: str) -> None:
         return
 
     def close(self) -> None:

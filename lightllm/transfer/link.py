@@ -98,12 +98,10 @@ class KVLink(Transport):
         if sending is not None:
             sending.complete(first_token_id)
 
-    def cancel(self, request_id: str) -> None:
+    def cancel(self, *request_ids: str) -> None:
         with self._changed:
             moving: list[Sending | Receipt] = [*self._sendings.values(), *self._receipts.values()]
-        for transfer in moving:
-            if transfer.hold.request_id == request_id and transfer.hold.fail("cancelled", "cancelled"):
-                transfer.interrupt()
+        self._give_up([one for one in moving if one.hold.request_id in request_ids], "cancelled", "cancelled")
 
     def close(self) -> None:
         self._closed.set()
@@ -114,8 +112,8 @@ class KVLink(Transport):
             moving: list[Sending | Receipt] = [*self._sendings.values(), *self._receipts.values()]
             connections = list(self._connections)
             self._changed.notify_all()
+        self._give_up(moving, "this node stops", "stopped")
         for transfer in moving:
-            transfer.hold.fail("this node stops", "stopped")
             transfer.interrupt()
         for channel in connections:
             channel.interrupt()
@@ -123,6 +121,14 @@ class KVLink(Transport):
         # A thread inside torch when the interpreter ends would take the process down with it.
         self._crew.close(time.monotonic() + CLOSE_LIMIT_S)
         self._node.lanes.close()
+
+    def _give_up(self, transfers: list[Sending | Receipt], reason: str, fault: str) -> None:
+        """Fail them; those that have promised something are waited for together."""
+        for transfer in transfers:
+            transfer.hold.promise_no_more()
+        for transfer in transfers:
+            if transfer.hold.fail(reason, fault):
+                transfer.interrupt()
 
     # ------------------------------------------------------------ in threads
 

@@ -17,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import torch
@@ -44,8 +44,8 @@ class Place(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     agent: str
     metadata: bytes
-    address: int
-    device: int
+    address: Annotated[int, msgspec.Meta(ge=0, lt=2**62)]
+    device: Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
     is_host: bool
 
 

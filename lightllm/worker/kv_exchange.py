@@ -12,7 +12,7 @@ import msgspec
 
 from lightllm.cluster_link import cluster_token
 from lightllm.config import Config
-from lightllm.device.base import Device, Moment
+from lightllm.device.base import ApproachedMoment, Device, Moment, PastMoment
 from lightllm.distributed.shares import kv_head_ranges
 from lightllm.errors import ConfigError
 from lightllm.messages import EngineInfo, KVLayout, KVTransferOrder, ScheduledBatch, StepOutput
@@ -59,19 +59,20 @@ class ExchangingRunner(Runner):
         return step
 
     def _launch(self, batch: ScheduledBatch) -> LaunchedStep:
-        for request_id in batch.kv_cancels:
-            self.transport.cancel(request_id)
+        if batch.kv_cancels:
+            self.transport.cancel(*batch.kv_cancels)
         if batch.kv_recvs:
             free = self.device.mark()
             for order in batch.kv_recvs:
                 self.transport.receive(order, free)
         computed = [order for order in batch.kv_sends if order.is_computed]
         others = [order for order in batch.kv_sends if not order.is_computed]
-        if computed:
-            self._send(computed, self.device.mark())
+        before = self.device.mark() if batch.kv_sends else PastMoment()
+        self._send(computed, before)
         step = self.runner.launch(batch)
         if others:
-            self._send(others, step.kv_written or self.device.mark(is_urgent=True))
+            end = step.kv_written or ApproachedMoment(before, self.device.mark(is_urgent=True))
+            self._send(others, end)
         return LaunchedStep(partial(self._collect, step, batch))
 
     def _send(self, orders: list[KVTransferOrder], written: Moment) -> None:

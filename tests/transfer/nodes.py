@@ -184,8 +184,8 @@ class End:
     def complete(self, request_id, first_token_id):
         self.link.complete(request_id, first_token_id)
 
-    def cancel(self, request_id):
-        self.link.cancel(request_id)
+    def cancel(self, *request_ids):
+        self.link.cancel(*request_ids)
 
     def poll(self):
         return self.link.poll()

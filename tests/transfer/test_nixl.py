@@ -344,3 +344,13 @@ def test_a_frozen_peer_survives_that_its_reader_closes(agent, peer, ends):
         peer.process.wait(2)
     agent.close()  # its answer has come
     assert num_threads() < before
+
+
+@pytest.mark.parametrize("fields", [{"address": 2**64 - 1}, {"address": -1}, {"device": -1}])
+def test_what_cannot_be_a_place_is_none(fields):
+    place = Place(agent="a", metadata=b"", address=4096, device=0, is_host=True)
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(place), type=Place) == place
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.msgpack.decode(
+            msgspec.msgpack.encode({**msgspec.structs.asdict(place), **fields}), type=Place
+        )

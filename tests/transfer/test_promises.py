@@ -270,6 +270,34 @@ def test_nothing_is_promised_while_a_failure_waits_for_another_promise():
     assert not kept_s, "slots are given up before the moment that a part has promised"
 
 
+def test_many_that_are_given_up_wait_together():
+    with ends("here", PATIENT._replace(kept_s=0.6)) as (source, target, proxy):
+        frees = []
+        for number in range(4):
+            request = Request(5, request_id=f"r{number}", ticket=f"ticket-{number}-0123456789")
+            frees.append(target.gate())
+            target.receive(request.expected(), frees[-1])
+            (order,) = request.orders(proxy.address)
+            source.send(order, 42)
+            hold = source.link._sendings[request.request_id].hold
+            wait_until(lambda hold=hold: hold._num_promises == 1)
+            time.sleep(0.1)
+        began_s = time.monotonic()
+        source.cancel("r0", "r1", "r2", "r3")
+        assert time.monotonic() - began_s < 1.0
+        assert len(source.wait(4).failed) == 4
+        for free in frees:
+            target.open(free)
+
+
+def test_a_failure_that_is_to_come_lets_no_promise_be_made():
+    hold = Hold("r", Ledger(), "sent")
+    hold.promise_no_more()
+    with pytest.raises(KVTransferError, match="given up here"):
+        hold.promise(1.0)
+    assert not hold.is_over
+
+
 class SlowLedger(Ledger):
     """One whose caller loses the processor at the wrong moment."""
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lightllm.config import Config
-from lightllm.device.base import Moment
+from lightllm.device.base import ApproachedMoment, Moment
 from lightllm.device.device import CpuDevice
 from lightllm.device.kv_pool import KVPool
 from lightllm.errors import ConfigError
@@ -82,13 +82,14 @@ class Recorder(NullTransport):
         self.events.append(f"receive {order.request_id} behind {free.step}")
 
     def send(self, order, written):
-        self.events.append(f"send {order.start} behind {written.step}")
+        urgent = written.urgent if isinstance(written, ApproachedMoment) else written
+        self.events.append(f"send {order.start} behind {urgent.step}")
 
     def complete(self, request_id, first_token_id):
         self.events.append(f"complete {request_id} {first_token_id}")
 
-    def cancel(self, request_id):
-        self.events.append(f"cancel {request_id}")
+    def cancel(self, *request_ids):
+        self.events.append(f"cancel {' '.join(request_ids)}")
 
     def poll(self):
         return self.endings
@@ -111,13 +112,13 @@ def test_orders_stand_between_the_right_steps_and_the_first_token_follows(exchan
     events = exchanging.transport.events
     steps = [
         exchanging.launch(batch(0, kv_sends=[SEND])),
-        exchanging.launch(batch(1, kv_sends=[LAST], kv_recvs=[RECEIVE], kv_cancels=["c"])),
+        exchanging.launch(batch(1, kv_sends=[LAST], kv_recvs=[RECEIVE], kv_cancels=["c", "d"])),
         exchanging.launch(batch(2)),
     ]
     assert events[1:] == [
         "step 0",
         "send 0 behind step 0",
-        "cancel c",
+        "cancel c d",
         "receive r behind step 0",
         "step 1",
         "send 2 behind step 1",
