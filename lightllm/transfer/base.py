@@ -130,7 +130,7 @@ class Hold:
         self._changed = threading.Condition(self._lock)
         self._num_promises = 0
         self._kept_until_s = 0.0
-        self._is_failing = False
+        self._failure: tuple[KVFailure, str] | None = None  # the first, which may have to wait
         self._has_begun = False
         self._is_over = False
         self._untold: KVTransfer | None = None
@@ -171,16 +171,16 @@ class Hold:
             KVTransferError: they are not ours any more, or will not be when earlier promises have ended.
         """
         with self._lock:
-            if self._is_over or self._is_failing:
+            if self._is_over or self._failure is not None:
                 raise KVTransferError(f"the transfer of {self.request_id} was given up here")
             self._num_promises += 1
             self._kept_until_s = time.monotonic() + limit_s
             return self._kept_until_s
 
-    def promise_no_more(self) -> None:
-        """A failure is to come: it need not wait for promises that are made from now on."""
+    def will_fail(self, reason: str, fault: str) -> None:
+        """A failure is to come: nothing is promised any more, and no later one is told instead of it."""
         with self._lock:
-            self._is_failing = True
+            self._failure = self._failure or (KVFailure(request_id=self.request_id, reason=reason), fault)
 
     def keep_no_more(self) -> None:
         """The peer has answered: it reads no more."""
@@ -213,11 +213,11 @@ class Hold:
     def end(self, ending: KVArrival | KVFailure | str, fault: str = "") -> bool:
         """Give up the slots and report why; False if that has been done before.
 
-        A failure waits until no promise binds us; meanwhile none is made.
+        A failure waits until no promise binds us; meanwhile none is made. Of several the first is told.
         """
         with self._changed:
             if isinstance(ending, KVFailure):
-                self._is_failing = True
+                ending, fault = self._failure = self._failure or (ending, fault)
                 limit_s = max(0.0, self._kept_until_s - time.monotonic())
                 self._changed.wait_for(lambda: self._is_over or not self._num_promises, limit_s)
             if self._is_over:

@@ -125,7 +125,7 @@ class KVLink(Transport):
     def _give_up(self, transfers: list[Sending | Receipt], reason: str, fault: str) -> None:
         """Fail them; those that have promised something are waited for together."""
         for transfer in transfers:
-            transfer.hold.promise_no_more()
+            transfer.hold.will_fail(reason, fault)
         for transfer in transfers:
             if transfer.hold.fail(reason, fault):
                 transfer.interrupt()

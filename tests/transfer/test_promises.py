@@ -291,11 +291,28 @@ def test_many_that_are_given_up_wait_together():
 
 
 def test_a_failure_that_is_to_come_lets_no_promise_be_made():
-    hold = Hold("r", Ledger(), "sent")
-    hold.promise_no_more()
+    ledger = Ledger()
+    hold = Hold("r", ledger, "sent")
+    hold.will_fail("cancelled", "cancelled")
     with pytest.raises(KVTransferError, match="given up here"):
         hold.promise(1.0)
     assert not hold.is_over
+    assert hold.fail("what came of that", "other")
+    assert [failure.reason for failure in ledger.take().failed] == ["cancelled"]
+
+
+def test_of_failures_that_wait_the_first_is_told():
+    ledger = Ledger()
+    hold = Hold("r", ledger, "sent")
+    hold.promise(0.3)
+    first = threading.Thread(target=hold.fail, args=("the first", "peer_lost"))
+    first.start()
+    time.sleep(0.1)
+    hold.fail("the second", "other")
+    first.join(2)
+    endings = ledger.take()
+    assert [failure.reason for failure in endings.failed] == ["the first"]
+    assert [transfer.fault for transfer in endings.transfers] == ["peer_lost"]
 
 
 class SlowLedger(Ledger):
