@@ -203,13 +203,13 @@ def check_prompts(prompt: Any) -> list[str | list[int]]:
     """The prompts of a request, in whichever of the four forms they came.
 
     Raises:
-        RequestError: `param` is `prompt`, or `prompt[i]`.
+        RequestError: `param` is `prompt`, `prompt[i]`, or that of one token id.
     """
     if isinstance(prompt, str):
         prompts: list[Any] = [prompt]
     elif not isinstance(prompt, list):
         raise wrong_type("prompt", prompt, "str, [str], [int] or [[int]]")
-    elif set(map(type, prompt)) == {int}:
+    elif prompt and type(prompt[0]) is int:
         prompts = [prompt]
     else:
         prompts = prompt
@@ -225,6 +225,6 @@ def check_prompts(prompt: Any) -> list[str | list[int]]:
         if not entry:
             raise out_of_range(param, entry, "a prompt that is not empty")
         if not is_text and set(map(type, entry)) != {int}:
-            other = next(value for value in entry if type(value) is not int)
-            raise wrong_type(param, other, "token ids (int)")
+            j, other = next((j, value) for j, value in enumerate(entry) if type(value) is not int)
+            raise wrong_type(f"{param}[{j}]", other, "token ids (int)")
     return prompts

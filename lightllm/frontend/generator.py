@@ -133,6 +133,14 @@ class Generator:
             raise RequestError(
                 f"{param}: got no tokens, allowed at least 1", code="out_of_range", param=param
             )
+        total = len(prompt) + max_new_tokens
+        if total > info.max_req_total_len:
+            message = (
+                f"{param}: the prompt has {len(prompt)} tokens and {max_new_tokens} more are asked for; "
+                f"the limit for both is {info.max_req_total_len}; shorten the prompt, ask for fewer tokens "
+                "or raise --max_req_total_len"
+            )
+            raise ContextLengthError(message, param=param)
         try:
             packed = await _packed(prompt)
             low, high = bounds(packed)
@@ -142,14 +150,6 @@ class Generator:
             bad = low if low < 0 else high
             message = f"{param}: got token id {bad}, allowed 0 <= id <= {info.vocab_size - 1}"
             raise RequestError(message, code="out_of_range", param=param)
-        total = len(prompt) + max_new_tokens
-        if total > info.max_req_total_len:
-            message = (
-                f"{param}: the prompt has {len(prompt)} tokens and {max_new_tokens} more are asked for; "
-                f"the limit for both is {info.max_req_total_len}; shorten the prompt, ask for fewer tokens "
-                "or raise --max_req_total_len"
-            )
-            raise ContextLengthError(message, param=param)
         return packed
 
     def start(
