@@ -81,11 +81,14 @@ def _link(link: dict[str, Any]) -> list[Row]:
         if "left_out" in one:
             rows.append((f"KV by {one['lane']}, no model", one["left_out"][:60], "", "", ""))
             continue
-        share = one.get("share_of_peer_copy")
-        shown = f", {share:.0%} of it" if share is not None else ""
         what = (
             f"KV by {one['lane']} alone, {one['at_once']} x {one['tokens']} {one['slots']}, {one['ordered']}"
         )
+        if "gb_per_s_median" not in one:  # it moved while the step went on: what is left is no rate
+            rows.append((f"{what}, {one['computed']}", f"{_ms(one['ms_median'])} behind that", "", "", ""))
+            continue
+        share = one.get("share_of_peer_copy")
+        shown = f", {share:.0%} of it" if share is not None else ""
         figure = f"{_gb(one['gb_per_s_median'])}, {_ms(one['ms_median'])}{shown}"
         rows.append((what, figure, "", "", f">= {PEER_SHARE:.0%}"))
     return rows
