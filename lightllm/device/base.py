@@ -53,7 +53,7 @@ class PastMoment(Moment):
 
 
 class ApproachedMoment(Moment):
-    """An urgent one that does not come before another one, until which threads sleep (`Device.mark`)."""
+    """An urgent one (`Device.mark`) behind another one, up to which threads sleep that wait for it."""
 
     def __init__(self, near: Moment, urgent: Moment) -> None:
         self.near, self.urgent = near, urgent
@@ -149,8 +149,8 @@ class Device(ABC):
         """Mark this moment; never waits for the device.
 
         Args:
-            is_urgent: a thread that waits for it keeps a core busy meanwhile, one of all that do: one that
-                sleeps until the device calls it wakes up to 0.2 ms late in a virtual machine.
+            is_urgent: of the threads that wait for it one keeps a core busy meanwhile; had it slept until the
+                device calls, it would wake up to 0.2 ms late in a virtual machine.
         """
 
     @abstractmethod

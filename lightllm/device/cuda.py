@@ -30,7 +30,7 @@ def compute_capability(device: torch.device) -> tuple[int, int]:
 class CudaMoment(Moment):
     """An event behind what was called for on the calling thread's stream; threads sleep until it comes."""
 
-    SLEEPS = True
+    SLEEPS: ClassVar[bool] = True
 
     def __init__(self) -> None:
         self._event = torch.cuda.Event(blocking=self.SLEEPS)  # type: ignore[no-untyped-call]
@@ -46,7 +46,7 @@ class CudaMoment(Moment):
 class UrgentMoment(CudaMoment):
     """One for which the first thread that waits stays awake, and wakes all others."""
 
-    SLEEPS = False
+    SLEEPS: ClassVar[bool] = False
 
     def __init__(self) -> None:
         super().__init__()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightllm.attention.base import AttentionBackend
-from lightllm.device.base import ApproachedMoment, Device, Download, Moment, PastMoment
+from lightllm.device.base import Device, Download, Moment
 from lightllm.device.kv_pool import KVPool
 from lightllm.messages import ScheduledBatch, StepOutput, TokenLogprobs
 from lightllm.models.base import Model
@@ -21,31 +21,11 @@ from lightllm.worker.decode_graphs import DecodeGraphs
 from lightllm.worker.device_sampler import DeviceSample, DeviceSampler
 from lightllm.worker.device_tables import DeviceTables
 from lightllm.worker.inputs import StepInputs
-from lightllm.worker.model_runner import LaunchedStep, Runner, forward, prompt_logprobs_of
+from lightllm.worker.model_runner import KVWritten, LaunchedStep, Runner, forward, prompt_logprobs_of
 from lightllm.worker.prompt_graphs import PromptGraphs
 from lightllm.worker.token_choice import OwnChoice, TokenChoice
 
 NO_SLOTS = np.empty((0, 0), dtype=np.int32)
-
-
-class _Written:
-    """When the KV of a step is written, to be waited for asleep up to the last layer.
-
-    Attributes:
-        moment: see LaunchedStep.kv_written.
-    """
-
-    def __init__(self, device: Device, num_layers: int) -> None:
-        self.moment: Moment | None = None
-        self._near: Moment = PastMoment()
-        self._device, self._num_layers = device, num_layers
-
-    def note(self, layer: int) -> None:
-        """This layer has called for its KV to be written."""
-        if layer == self._num_layers - 2:
-            self._near = self._device.mark()
-        elif layer == self._num_layers - 1:
-            self.moment = ApproachedMoment(self._near, self._device.mark(is_urgent=True))
 
 
 class DeviceRunner(Runner):
@@ -123,8 +103,8 @@ class DeviceRunner(Runner):
             if size is not None:
                 return *self.prompt_graphs.run(batch, size), None
         inputs = self.tables.inputs(batch)
+        written = KVWritten(self.device, self.model.config.num_hidden_layers)
         is_sent = any(not order.is_computed for order in batch.kv_sends)
-        written = _Written(self.device, self.model.config.num_hidden_layers)
         note = written.note if is_sent else None
         hidden = forward(self.model, self.backend, self.kv_pool, inputs, NO_SLOTS, note)
         return inputs, hidden, written.moment

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lightllm.attention.base import AttentionBackend
-from lightllm.device.base import Moment
+from lightllm.device.base import ApproachedMoment, Device, Moment, PastMoment
 from lightllm.device.forward_batch import ForwardBatch
 from lightllm.device.kv_pool import KVPool
 from lightllm.messages import ScheduledBatch, StepOutput, TokenLogprobs
@@ -45,6 +45,27 @@ class LaunchedStep:
     def result(self) -> StepOutput:
         """Wait for the step's tokens. Call it once, from any thread."""
         return self._collect()
+
+
+class KVWritten:
+    """When all KV of a step is in the pool: behind the last layer's attention, before the step's end.
+
+    Attributes:
+        moment: for `LaunchedStep.kv_written`, to be waited for asleep while earlier layers are computed; None
+            until the last layer has called for its KV to be written.
+    """
+
+    def __init__(self, device: Device, num_layers: int) -> None:
+        self.moment: Moment | None = None
+        self._near: Moment = PastMoment()
+        self._device, self._num_layers = device, num_layers
+
+    def note(self, layer: int) -> None:
+        """This layer has called for its KV to be written; see ForwardBatch.on_kv_written."""
+        if layer == self._num_layers - 2:
+            self._near = self._device.mark()
+        elif layer == self._num_layers - 1:
+            self.moment = ApproachedMoment(self._near, self._device.mark(is_urgent=True))
 
 
 class Runner(ABC):

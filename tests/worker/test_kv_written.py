@@ -2,10 +2,8 @@
 
 import pytest
 
-pytest.importorskip("triton", reason="the device runner needs triton, which is not installed here")
-
 from lightllm.device.base import Moment
-from lightllm.worker.device_runner import _Written
+from lightllm.worker.model_runner import KVWritten
 
 
 class Mark(Moment):
@@ -36,7 +34,7 @@ class CountingDevice:
 @pytest.mark.parametrize("num_layers", [1, 2, 5])
 def test_kv_is_written_behind_the_last_layer(num_layers):
     device = CountingDevice()
-    written = _Written(device, num_layers)
+    written = KVWritten(device, num_layers)
     for layer in range(num_layers):
         assert written.moment is None
         device.num_written += 1
