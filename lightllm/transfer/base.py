@@ -141,6 +141,15 @@ class Hold:
         """Whether the slots may belong to somebody else already."""
         return self._is_over
 
+    def check(self) -> None:
+        """Make sure that the transfer is still wanted.
+
+        Raises:
+            KVTransferError: it has been given up here.
+        """
+        if self._is_over:
+            raise self._given_up()
+
     @contextmanager
     def touching(self) -> Iterator[None]:
         """Read or write slots; whoever ends the transfer waits until this is done, on the device, too.
@@ -150,7 +159,7 @@ class Hold:
         """
         with self._lock:
             if self._is_over:
-                raise KVTransferError(f"the transfer of {self.request_id} was given up here")
+                raise self._given_up()
             yield
 
     def begin(self) -> float:
@@ -172,7 +181,7 @@ class Hold:
         """
         with self._lock:
             if self._is_over or self._failure is not None:
-                raise KVTransferError(f"the transfer of {self.request_id} was given up here")
+                raise self._given_up()
             self._num_promises += 1
             self._kept_until_s = time.monotonic() + limit_s
             return self._kept_until_s
@@ -204,11 +213,11 @@ class Hold:
         """
         with self._lock:
             if self._is_over:
-                raise KVTransferError(f"the transfer of {self.request_id} was given up here")
+                raise self._given_up()
             self._idle_s.append(idle_s)
             is_last = len(self._idle_s) == self.num_parts
         if is_last and not self.end(ending):
-            raise KVTransferError(f"the transfer of {self.request_id} was given up here")
+            raise self._given_up()
 
     def end(self, ending: KVArrival | KVFailure | str, fault: str = "") -> bool:
         """Give up the slots and report why; False if that has been done before.
@@ -234,6 +243,9 @@ class Hold:
             self._is_over = True
             self._changed.notify_all()
         return True
+
+    def _given_up(self) -> KVTransferError:
+        return KVTransferError(f"the transfer of {self.request_id} was given up here")
 
     def log(self) -> None:
         """Log how it has ended, if it has and the two ends had agreed on a lane; once."""

@@ -168,7 +168,7 @@ class Shipment:
         self._is_closed = False
         self._speaking = threading.Lock()
         self._is_computing = False
-        self._has_promised = False
+        self._is_promising = False
         self._chunks: list[tuple[int, int]] = []
         self._num_unacknowledged = 0
         self._idle_since_s = 0.0
@@ -235,7 +235,7 @@ class Shipment:
                 self._wait_until(lambda: self._first_token_id is not None, channel)
             self._complete(channel, len(token_ids), agreed, end.is_in_place)
             self.hold.end_part(self.hold.request_id, self._idle_s)
-            if self._has_promised:
+            if self._is_promising:
                 self.hold.keep_no_more()  # not before: a cancellation that waits comes behind the success
             self.hold.log()
             is_done = True
@@ -265,8 +265,7 @@ class Shipment:
         with self._waiting_for_engine(), self._computing():
             written.wait()
         if ahead is not None:
-            if self.hold.is_over:
-                raise KVTransferError("the transfer was given up here")
+            self.hold.check()
             channel.send(Ready(waited_s=self._take_waited_s()), self._silence_s)
             self._note_shipped(len(ahead[1]))
         for start, slots in pieces:
@@ -336,8 +335,7 @@ class Shipment:
     def _use(self, channel: Channel) -> None:
         with self._lock:
             self._channel = channel
-        if self.hold.is_over:
-            raise KVTransferError("the transfer was given up here")
+        self.hold.check()
 
     def _opening(self, ends: dict[str, SendingEnd]) -> Opening:
         node = self._node
@@ -384,8 +382,7 @@ class Shipment:
         """Wait for the engine, listen to the peer meanwhile, and let it know that we live."""
         spoke_s = time.monotonic()
         while True:
-            if self.hold.is_over:
-                raise KVTransferError("the transfer was given up here")
+            self.hold.check()
             if is_ready():
                 return
             poll = select.poll()
@@ -413,9 +410,9 @@ class Shipment:
 
     def _complete(self, channel: Channel, num_tokens: int, agreed: bytes, is_in_place: bool) -> None:
         """Say the last word, which vouches for what the peer reads, and wait for its answer."""
+        assert self._first_token_id is not None
         while self._num_unacknowledged and not is_in_place:
             self._take_ack(channel)
-        assert self._first_token_id is not None
         complete = Complete(
             ticket=self._target.ticket,
             source_epoch=self._node.epoch,
@@ -427,10 +424,9 @@ class Shipment:
         )
         if self._num_unacknowledged and self._is_accepted_by_promise(channel, complete):
             return
-        if self.hold.is_over:
-            raise KVTransferError("the transfer was given up here")
+        self.hold.check()
         channel.send(complete, self._silence_s)  # all has been read: our slots were ours until now
-        if not self._is_accepted(self._answer(channel)):
+        if not _is_accepted(self._answer(channel)):
             raise LinkBroken("Late out of turn")
 
     def _is_accepted_by_promise(self, channel: Channel, complete: Complete) -> bool:
@@ -438,10 +434,10 @@ class Shipment:
         until_s = self.hold.promise(self._node.limits.kept_s)
         channel.send(msgspec.structs.replace(complete, kept_until_s=until_s), self._silence_s)
         answer = self._answer(channel)
-        self._has_promised = isinstance(answer, Accepted)
-        if not self._has_promised:
+        self._is_promising = isinstance(answer, Accepted)  # until the success is noted
+        if not self._is_promising:
             self.hold.keep_no_more()
-        return self._is_accepted(answer)
+        return _is_accepted(answer)
 
     def _answer(self, channel: Channel) -> Accepted | Late | Rejected:
         """What the peer says to the last word."""
@@ -455,12 +451,6 @@ class Shipment:
                 case other:
                     raise LinkBroken(f"{type(other).__name__} out of turn")
 
-    def _is_accepted(self, answer: Accepted | Late | Rejected) -> bool:
-        if isinstance(answer, Rejected):
-            text = f"the receiver does not accept it: {answer.reason}"
-            raise KVTransferError(text, fault="not_accepted")
-        return isinstance(answer, Accepted)
-
     def _close(self, ends: dict[str, SendingEnd], is_done: bool) -> None:
         with self._lock:
             self._is_closed = True
@@ -471,3 +461,14 @@ class Shipment:
             os.close(self._news)
         for name, end in ends.items():
             self._node.lanes.put_back(name, end)
+
+
+def _is_accepted(answer: Accepted | Late | Rejected) -> bool:
+    """Whether a receiver has taken all; False: it was late.
+
+    Raises:
+        KVTransferError: it does not take it.
+    """
+    if isinstance(answer, Rejected):
+        raise KVTransferError(f"the receiver does not accept it: {answer.reason}", fault="not_accepted")
+    return isinstance(answer, Accepted)

@@ -237,8 +237,16 @@ def test_all_promises_of_a_transfer_bind():
     assert took_s > 0.2
 
 
-def test_a_success_is_not_kept_waiting_and_comes_before_a_cancellation():
-    ledger = Ledger()
+class SlowLedger(Ledger):
+    """One whose caller loses the processor at the wrong moment."""
+
+    def note(self, ending, transfer):
+        time.sleep(0.1)
+        super().note(ending, transfer)
+
+
+@pytest.mark.parametrize("ledger", [Ledger(), SlowLedger()], ids=["at once", "slowly"])
+def test_a_success_comes_before_a_cancellation_that_waits_and_is_there_when_that_returns(ledger):
     hold = Hold("r", ledger, "sent")
     hold.promise(5.0)
     threading.Timer(0.1, hold.end_part, args=("r", 0.0)).start()
@@ -313,21 +321,3 @@ def test_of_failures_that_wait_the_first_is_told():
     endings = ledger.take()
     assert [failure.reason for failure in endings.failed] == ["the first"]
     assert [transfer.fault for transfer in endings.transfers] == ["peer_lost"]
-
-
-class SlowLedger(Ledger):
-    """One whose caller loses the processor at the wrong moment."""
-
-    def note(self, ending, transfer):
-        time.sleep(0.1)
-        super().note(ending, transfer)
-
-
-def test_who_hears_that_it_is_over_finds_its_ending():
-    ledger = SlowLedger()
-    hold = Hold("r", ledger, "sent")
-    hold.promise(5.0)
-    threading.Timer(0.05, hold.end_part, args=("r", 0.0)).start()
-    is_first, _ = ended(hold, by_s=2.0)
-    assert not is_first
-    assert ledger.take().sent == ["r"]

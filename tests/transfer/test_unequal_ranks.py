@@ -264,11 +264,10 @@ def test_ranks_must_tell_the_same_first_token(make):
 def test_no_rank_takes_what_another_ranks_promise_did_not_cover(make, monkeypatch):
     """One sender, two receivers: the second begins while a cancellation waits for the first promise."""
     monkeypatch.setattr(lane, "LANES", {**lane.LANES, "here": "tests.transfer.here:HereLane"})
-    limits = LIMITS._replace(kept_s=1.0, silence_s=5.0, ticket_s=3.0)
+    limits = LIMITS._replace(kept_s=2.0, silence_s=5.0, ticket_s=3.0)
     source = Group(make, ("here",), MANY, 1, epoch=SOURCE_EPOCH, seed=1, limits=limits)
     target = Group(make, ("here",), MANY, 2, epoch=TARGET_EPOCH, seed=2, limits=limits)
     (end,), request = source.ends, Request(5)
-    before = source.kv(request.source_slots)
     first, second = (one.gate() for one in target.ends)
     target.ends[0].receive(request.expected(), first)
     source.send(request.orders(target.address()))
@@ -283,6 +282,5 @@ def test_no_rank_takes_what_another_ranks_promise_did_not_cover(make, monkeypatc
     assert end.wait().transfers
     end.change(request.source_slots)
     target.ends[1].open(second)
-    endings = target.endings()
-    if all(ending.received for ending in endings):
-        assert np.array_equal(target.kv(request.target_slots), before)
+    received = [bool(ending.received) for ending in target.endings()]
+    assert received == [True, False]
