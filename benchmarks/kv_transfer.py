@@ -313,16 +313,17 @@ class Steps:
             self._factor = torch.ones(8192, 8192, dtype=torch.bfloat16, device=self._device.torch_device)
 
     def begin(self, is_early: bool) -> tuple[Moment, Moment]:
-        """Begin one; when its KV is computed, and its end."""
+        """Begin one; when its KV is computed, and its end: two, since one has one thread that is awake."""
         if not self._device.is_async:
             return TimedMoment(STEP_S / 2 if is_early else STEP_S), TimedMoment(STEP_S)
+        self._compute()
+        early = self._device.mark(is_urgent=True) if is_early else None
+        self._compute()
+        return early or self._device.mark(is_urgent=True), self._device.mark(is_urgent=True)
+
+    def _compute(self) -> None:
         for _ in range(4):
             self._factor @ self._factor
-        written = self._device.mark(is_urgent=True)
-        for _ in range(4):
-            self._factor @ self._factor
-        end = self._device.mark(is_urgent=True)
-        return written if is_early else self._device.mark(is_urgent=True), end
 
 
 def measure(

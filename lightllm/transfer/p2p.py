@@ -4,8 +4,8 @@ The sender offers a handle of its pool, and each block's frame says in which of 
 receiver opens the handle once and copies slots to slots, over NVLink or PCIe, without staging memory; its
 kernel runs in a queue of its own, while it holds the slots that it writes. The sender's slots stay as they
 are until all blocks are acknowledged, unless it gives the transfer up; then what was read last may be of
-something else, but no COMPLETE follows, and so nobody uses it. A COMPLETE that comes before that promises to
-keep the slots until a moment: what was read by then is right.
+something else, but no COMPLETE follows, and so nobody uses it. A COMPLETE that does not wait for the last of
+these acknowledgements promises to keep the slots up to a moment: what was read by then is right.
 
 A label at the end of the pool, drawn anew for each, proves that the two mean the same memory: it is compared
 when a pool is opened. A later offer with the same label is one of the same pool, which stays mapped here
